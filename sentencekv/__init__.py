@@ -1,0 +1,1 @@
+"""Long-context decoding for Hugging Face causal language models."""

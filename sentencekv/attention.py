@@ -1,0 +1,202 @@
+"""The seam to transformers: an attention function that hands queries, keys and values to sessions.
+
+The only file that touches transformers' internals. In transformers v5 a cache never sees the query and an attention
+function never sees the cache, so the engine is both: models run with `use_cache=False`, explicit positions and one more
+keyword, `session`, which flows through to the function registered here under `NAME`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+
+from sentencekv.config import Config
+from sentencekv.policies import load
+from sentencekv.session import Session, SessionBatch
+from sentencekv.store import HostMemory
+
+NAME = "sentencekv"
+
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_KNOWN_KEYWORDS = {
+    # What attention modules may pass on besides the tensors; none of these changes the result beyond what is used here.
+    "position_ids",
+    "position_embeddings",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "is_causal",
+    "cache_position",
+    "past_key_values",
+    "return_dict",
+    "logits_to_keep",
+}
+
+
+class UnsupportedModelError(ValueError):
+    """The model has a part that sentence retrieval does not understand; the message says which."""
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    session: SessionBatch | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """The registered function: `[1, heads, L, H]` in, `[1, L, heads, H]` out."""
+    if session is None:
+        raise RuntimeError(f"attention {NAME!r} runs through LongContextLM only; the model was called directly")
+    unknown = {name for name, given in keywords.items() if given is not None} - _KNOWN_KEYWORDS
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, which sentencekv does not "
+            "know; leaving it out would change the model's answers"
+        )
+    if key.shape[-1] != value.shape[-1] or key.shape[-1] != query.shape[-1]:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has keys of {key.shape[-1]} and values of {value.shape[-1]} dimensions; "
+            "sentencekv stores them side by side and needs them equal (multi-head latent attention is not supported)"
+        )
+    output = session.attend(
+        module.layer_idx,  # type: ignore[arg-type]
+        query[0],
+        key[0],
+        value[0],
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return output.transpose(0, 1)[None], None
+
+
+def _mask(*_: object, **__: object) -> None:
+    """Sessions mask by position themselves; forward passes hand in a ready 4-D mask, so models build none."""
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+@contextlib.contextmanager
+def _attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model's attention is `name` inside, and what it was before outside: its own `generate` goes on working."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@torch.inference_mode()
+def forward(
+    model: PreTrainedModel,
+    token_ids: Sequence[Sequence[int]],
+    sessions: Sequence[Session],
+    *,
+    exact: bool,
+    all_logits: bool = False,
+    expected_tokens: Sequence[int] | None = None,
+) -> Tensor:
+    """One pass of several sessions' new tokens. Returns float32 logits.
+
+    Args:
+        token_ids: each session's new tokens, at least one.
+        exact: new tokens attend to everything; otherwise one token per session, sentences selected.
+        all_logits: logits of every new token `[sum of lengths, vocabulary]`; else of each session's last, `[B, vocabulary]`.
+        expected_tokens: per session, tokens that will still be closed (see `Session.begin`).
+    """
+    lengths = [len(ids) for ids in token_ids]
+    device = model.device
+    positions: list[Tensor] = []
+    for i, (session, length) in enumerate(zip(sessions, lengths, strict=True)):
+        positions.append(torch.arange(session.num_tokens, session.num_tokens + length))
+        session.begin(length, exact=exact, expected_tokens=expected_tokens[i] if expected_tokens else 0)
+    keep: int | Tensor = 0 if all_logits else torch.tensor(lengths, device=device).cumsum(0) - 1
+    with _attention_as(model, NAME):
+        output = model(
+            input_ids=torch.tensor([token for ids in token_ids for token in ids], device=device)[None],
+            position_ids=torch.cat(positions).to(device)[None],
+            attention_mask=torch.zeros((1, 1, 1, 1), device=device),
+            use_cache=False,
+            logits_to_keep=keep,
+            session=SessionBatch(sessions, lengths),
+        )
+    for session in sessions:
+        session.end()
+    return output.logits[0].float()
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The configuration of the language model itself, where a model nests it."""
+    return model.config.get_text_config(decoder=True)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError, with the reason, unless sentence retrieval is exact for this model."""
+    config = text_config(model)
+    name = type(model).__name__
+
+    def refuse(reason: str) -> None:
+        raise UnsupportedModelError(f"{name} ({config.model_type}) is not supported: {reason}")
+
+    if model.config.is_encoder_decoder:
+        refuse("it is an encoder-decoder model; sentencekv needs a causal language model")
+    if not getattr(type(model), "_supports_attention_backend", False):
+        refuse("its attention does not go through transformers' attention interface")
+    if not any(isinstance(part, nn.Module) and "rotary" in type(part).__name__.lower() for part in model.modules()):
+        refuse("it has no rotary position embedding (RoPE)")
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES)
+    if strange:
+        refuse(f"it has layers of kind {', '.join(strange)}; only full and sliding-window attention can be retrieved from")
+    if getattr(config, "num_kv_shared_layers", 0):
+        refuse("some of its layers share the KV of others")
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    for rope in nested:
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            refuse(
+                f"its RoPE type {rope['rope_type']!r} changes with the length of the text, so keys computed early "
+                "would be wrong later"
+            )
+    _compare_with_dense(model, config)
+
+
+@torch.inference_mode()
+def _compare_with_dense(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Run a few tokens both ways; a part that no rule above knows shows as a difference."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (24,), generator=generator).tolist()
+    engine = Config(budget_tokens=64, sink_tokens=2, window_tokens=4, max_sentence_tokens=4, min_sentence_tokens=1)
+    memory = HostMemory(None, pinned=model.device.type == "cuda")
+    session = Session(engine, load("moments"), memory, model.device)
+    session.expect(range(4, 25, 4))
+    logits = [forward(model, [ids[:16]], [session], exact=True, all_logits=True)]
+    logits += [forward(model, [[token]], [session], exact=False) for token in ids[16:]]
+    ours = torch.cat(logits)
+    with _attention_as(model, "eager"):
+        dense = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+    error = ((ours - dense).norm() / dense.norm()).item()
+    limit = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ({config.model_type}) is not supported: on 24 tokens its logits differ from its own "
+            f"dense attention by {error:.2g} of their norm (limit {limit:.2g}); its attention has a part that "
+            "sentencekv does not know"
+        )

@@ -1,0 +1,115 @@
+"""Every engine default, in one frozen dataclass.
+
+Knows nothing of models, devices or policies: only that numbers make sense together. Policy names and their options
+are checked where policies are loaded, device and dtype where the model is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sentencekv.sentences import Splitter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a context is cut into sentences, kept and read back. Raises ValueError or TypeError on a bad value."""
+
+    policy: str = "moments"
+    """How summaries are made and sentences chosen: a file name in `sentencekv/policies/`."""
+
+    policy_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """Keyword options of the policy, e.g. `{"group": "mean"}`; an unknown one is refused by name."""
+
+    budget_tokens: int = 1024
+    """Context tokens that one KV head may read at one step, sink and window included. While the context is not longer
+    than this, every policy that selects equals dense attention."""
+
+    sink_tokens: int = 16
+    """First context tokens, always read (attention sinks: Xiao et al., 2023, arXiv:2309.17453)."""
+
+    window_tokens: int = 64
+    """Last tokens, always read. The unfinished sentence after them, fewer than `max_sentence_tokens` tokens, is read
+    as well: it has no summary yet."""
+
+    max_sentence_tokens: int = 32
+    """Longer sentences are split; also the size of one hot-set slot."""
+
+    min_sentence_tokens: int = 8
+    """Shorter sentences join their neighbour where the maximum allows."""
+
+    splitter: Splitter | None = None
+    """Text to character offsets at which sentences end; None: NLTK's Punkt with the parameters that we ship."""
+
+    hot_tokens: int | None = None
+    """GPU tokens per layer and KV head for sentences fetched earlier (rounded up to slots of `max_sentence_tokens`);
+    None: four budgets, and never more than the context has."""
+
+    prefill_chunk_tokens: int = 8192
+    """Tokens per forward pass while reading; bounds the activations, never changes the result."""
+
+    kv_dtype: Literal["auto"] = "auto"
+    """Precision of the host tier; `auto` is the model's own."""
+
+    host_memory_bytes: int | None = None
+    """Upper bound for KV kept in host memory by one LongContextLM; None: what the machine has free."""
+
+    def __post_init__(self) -> None:
+        for field in ("budget_tokens", "window_tokens", "max_sentence_tokens", "min_sentence_tokens"):
+            _check_count(field, getattr(self, field), least=1)
+        _check_count("sink_tokens", self.sink_tokens, least=0)
+        _check_count("prefill_chunk_tokens", self.prefill_chunk_tokens, least=16)
+        if self.hot_tokens is not None:
+            _check_count("hot_tokens", self.hot_tokens, least=1)
+        if self.host_memory_bytes is not None:
+            _check_count("host_memory_bytes", self.host_memory_bytes, least=1)
+        if not isinstance(self.policy, str):
+            raise TypeError(f"policy must be a name such as 'moments', got {type(self.policy).__name__}")
+        if not isinstance(self.policy_options, Mapping):
+            raise TypeError(f"policy_options must be a mapping, got {type(self.policy_options).__name__}")
+        if self.splitter is not None and not callable(self.splitter):
+            raise TypeError(f"splitter must be callable or None, got {type(self.splitter).__name__}")
+        if self.kv_dtype != "auto":
+            raise ValueError(f"kv_dtype must be 'auto' (the model's own precision), got {self.kv_dtype!r}")
+        always_read = self.sink_tokens + self.window_tokens
+        if self.budget_tokens <= always_read:
+            raise ValueError(
+                f"budget_tokens must exceed sink_tokens + window_tokens ({always_read}), got {self.budget_tokens}; "
+                "raise the budget or shrink the window"
+            )
+        if self.min_sentence_tokens > self.max_sentence_tokens:
+            raise ValueError(
+                f"min_sentence_tokens ({self.min_sentence_tokens}) must not exceed "
+                f"max_sentence_tokens ({self.max_sentence_tokens})"
+            )
+        if self.hot_tokens is not None and self.hot_tokens < self.budget_tokens:
+            raise ValueError(
+                f"hot_tokens ({self.hot_tokens}) must be at least budget_tokens ({self.budget_tokens}): what is "
+                "selected for a step must fit in the hot set"
+            )
+
+    @property
+    def room_tokens(self) -> int:
+        """The part of the budget that selection fills: `budget_tokens - sink_tokens - window_tokens`."""
+        return self.budget_tokens - self.sink_tokens - self.window_tokens
+
+    @property
+    def max_selected(self) -> int:
+        """The most sentences that can be selected at one step, from the shortest regular sentence."""
+        return -(-self.room_tokens // self.min_sentence_tokens)
+
+    @property
+    def num_slots(self) -> int:
+        """Hot-set slots per layer and KV head; never fewer than one step can select."""
+        wanted = self.hot_tokens if self.hot_tokens is not None else 4 * self.budget_tokens
+        return max(self.max_selected, -(-wanted // self.max_sentence_tokens))
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,25 @@
+"""The bounding box of a sentence's keys, as in Quest."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from sentencekv.policies import Policy
+from triton_ops import summarize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Box(Policy):
+    """Score the upper bound of `q . k` over the per-dimension minimum and maximum (Quest: Tang et al., 2024, arXiv:2406.10774).
+
+    sum(max(q min, q max)) = q . centre + |q| . half range, so the box is kept as centre and half range.
+    """
+
+    num_planes = 2
+    spread = "abs"
+
+    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tensor:
+        moments = summarize(key_TNH, offsets)
+        centre = 0.5 * (moments.maximum + moments.minimum)
+        return torch.stack([centre, moments.maximum - centre], dim=2)

@@ -1,0 +1,163 @@
+"""From logits to tokens, and from tokens to text: sampling, stop strings, streamed detokenisation.
+
+Knows one sequence's logits and ids; nothing of sessions or batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are drawn and when generation stops. Raises ValueError or TypeError naming a bad value."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: str | Sequence[str] | None = None
+    """Generation ends before the first of these strings; it is not part of the text."""
+    seed: int | None = None
+    """Seed of the draws; each sequence of a batch has its own generator with it. None: not repeatable."""
+    logprobs: bool = False
+    """Also return the log-probability of each token under the model's own distribution."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if any(not isinstance(text, str) or not text for text in self.stop_strings):
+            raise ValueError(f"stop must be a non-empty string or a list of them, got {self.stop!r}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class Sampler:
+    """Draws the tokens of one sequence."""
+
+    def __init__(self, options: SamplingOptions, prompt_ids: Sequence[int], device: torch.device) -> None:
+        self._greedy = options.temperature == 0
+        self._logprobs = options.logprobs
+        self._processors = LogitsProcessorList()
+        if options.repetition_penalty != 1.0:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+        if not self._greedy:
+            self._processors.append(TemperatureLogitsWarper(float(options.temperature)))
+            if options.top_k is not None:
+                self._processors.append(TopKLogitsWarper(options.top_k))
+            if options.top_p is not None and options.top_p < 1:
+                self._processors.append(TopPLogitsWarper(options.top_p))
+            if options.min_p is not None:
+                self._processors.append(MinPLogitsWarper(options.min_p))
+        self._generator = torch.Generator(device)
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed)
+        self._ids = torch.tensor(list(prompt_ids), device=device)
+
+    def draw(self, logits_V: Tensor) -> tuple[int, float | None]:
+        """The next token and, if asked for, its log-probability under the model itself.
+
+        Raises FloatingPointError on NaN logits.
+        """
+        if torch.isnan(logits_V).any():
+            raise FloatingPointError(
+                "the model's logits are NaN; its weights or its precision are broken: try dtype='float32', "
+                "and check the model folder"
+            )
+        scores = self._processors(self._ids[None], logits_V[None].clone())[0] if self._processors else logits_V
+        if self._greedy:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+        if self._processors:
+            self._ids = torch.cat([self._ids, self._ids.new_tensor([token])])
+        return token, float(logits_V.log_softmax(dim=-1)[token]) if self._logprobs else None
+
+
+class TextStream:
+    """Turns tokens into text as they come: never half a character, never part of a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._prefix = self._read = 0
+        self._pending = ""
+        self.text = ""
+        """What was given out so far."""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that this token makes certain; empty while a character or a stop string may be unfinished."""
+        self._ids.append(token)
+        # Decoding starts a few tokens back, since a tokenizer may join a token to the one before it.
+        before = self._decode(self._ids[self._prefix : self._read])
+        now = self._decode(self._ids[self._prefix :])
+        if now.endswith("\ufffd"):
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        return self._release(now[len(before) :], final=False)
+
+    def finish(self) -> str:
+        """What was held back, now that no more tokens come."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._ids[self._prefix : self._read])
+        now = self._decode(self._ids[self._prefix :])
+        self._prefix = self._read = len(self._ids)
+        return self._release(now[len(before) :], final=True)
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _release(self, piece: str, *, final: bool) -> str:
+        self._pending += piece
+        cuts = [at for at in map(self._pending.find, self._stop) if at >= 0]
+        if cuts:
+            self.stopped = True
+            ready, self._pending = self._pending[: min(cuts)], ""
+        else:
+            held = 0 if final else max((_overlap(self._pending, stop) for stop in self._stop), default=0)
+            ready = self._pending[: len(self._pending) - held]
+            self._pending = self._pending[len(self._pending) - held :]
+        self.text += ready
+        return ready
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that a stop string could begin with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

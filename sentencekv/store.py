@@ -1,0 +1,329 @@
+"""Where KV lives: slabs of host memory behind closed sentences, and the hot set of those on the GPU.
+
+Knows tensors, devices and bytes; nothing of models, policies or text. On a machine without a GPU the same code runs
+with ordinary memory in place of pinned memory, and the hot set beside it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from triton_ops import HotSetState, gather_kv, resolve_hot_set
+
+_LARGE_SLAB_TOKENS = 4096
+_SMALL_SLAB_TOKENS = 256
+
+
+def available_host_bytes() -> int:
+    """Memory that the machine can still give without swapping, in bytes."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class HostMemory:
+    """Host memory for KV, counted and bounded; shared by the sessions of one LongContextLM.
+
+    Raises MemoryError, saying what is in use and what is needed, before it would pass the bound.
+    """
+
+    def __init__(self, limit_bytes: int | None, *, pinned: bool) -> None:
+        self.limit_bytes = limit_bytes
+        self.pinned = pinned
+        self.in_use_bytes = 0
+        self._lock = threading.Lock()
+
+    def check(self, needed_bytes: int) -> None:
+        """Raise MemoryError if so many bytes more cannot be had."""
+        free = available_host_bytes()
+        if self.limit_bytes is not None:
+            free = min(free, self.limit_bytes - self.in_use_bytes)
+        if needed_bytes > free:
+            bound = "" if self.limit_bytes is None else f" (host_memory_bytes is {_gib(self.limit_bytes)})"
+            raise MemoryError(
+                f"the context's KV needs {_gib(needed_bytes)} of host memory and {_gib(max(free, 0))} is free{bound}; "
+                f"KV of open documents holds {_gib(self.in_use_bytes)}: close documents, raise the bound, or read "
+                "a shorter text"
+            )
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised host memory; counted until the returned tensor's slab is gone."""
+        num_bytes = dtype.itemsize
+        for extent in shape:
+            num_bytes *= extent
+        self.check(num_bytes)
+        tensor = torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
+        with self._lock:
+            self.in_use_bytes += num_bytes
+        weakref.finalize(tensor, self._release, num_bytes)
+        return tensor
+
+    def _release(self, num_bytes: int) -> None:
+        with self._lock:
+            self.in_use_bytes -= num_bytes
+
+
+class Slab:
+    """A fixed run of token rows in host memory, one tensor `[N, capacity, 2, H]` per layer, made when first written."""
+
+    def __init__(self, capacity_tokens: int) -> None:
+        self.capacity_tokens = capacity_tokens
+        self.used_tokens = 0
+        self.kv_of_layer: dict[int, Tensor] = {}
+
+    @property
+    def free_tokens(self) -> int:
+        return self.capacity_tokens - self.used_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Tokens `[start, stop)` of one closing, and the rows `[row, row + stop - start)` of a slab that take them."""
+
+    slab: Slab
+    row: int
+    start: int
+    stop: int
+
+
+class Extent:
+    """An append-only run of closed sentences: their place and rows in host memory, their summaries on the device.
+
+    Sessions that fork from one document share its extents; a shared extent is never appended to. A sentence never
+    straddles two slabs, so the rows of one KV head are one run of bytes.
+    """
+
+    def __init__(self, memory: HostMemory, device: torch.device) -> None:
+        self.memory = memory
+        self.device = device
+        self.lengths: list[int] = []
+        self.starts: list[int] = []
+        self.slab_ids: list[int] = []
+        self.rows: list[int] = []
+        self.slabs: list[Slab] = []
+        self.num_tokens = 0
+        self._summary_of_layer: dict[int, Tensor] = {}
+        self._num_summarized: dict[int, int] = {}
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def num_sentences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory held, unused rows included."""
+        return sum(kv.nbytes for slab in self.slabs for kv in slab.kv_of_layer.values())
+
+    @property
+    def summary_bytes(self) -> int:
+        """Bytes of summaries on the device, growth room included."""
+        return sum(table.nbytes for table in self._summary_of_layer.values())
+
+    def place(self, start: int, lengths: Sequence[int], expected_tokens: int = 0) -> list[Run]:
+        """Give rows to sentences that close next to each other; the runs say what to copy where.
+
+        Args:
+            start: context position of the first token.
+            lengths: tokens of each sentence.
+            expected_tokens: how many more tokens this extent will hold; sizes the next slab.
+        """
+        runs: list[Run] = []
+        offset = run_start = 0
+        remaining = sum(lengths)
+        run_row = self.slabs[-1].used_tokens if self.slabs else 0
+        for length in lengths:
+            if not self.slabs or self.slabs[-1].free_tokens < length:
+                if offset > run_start:
+                    runs.append(Run(self.slabs[-1], run_row, run_start, offset))
+                self.slabs.append(Slab(_slab_tokens(max(expected_tokens, remaining), length)))
+                run_start, run_row = offset, 0
+            slab = self.slabs[-1]
+            self.lengths.append(length)
+            self.starts.append(start + offset)
+            self.slab_ids.append(len(self.slabs) - 1)
+            self.rows.append(slab.used_tokens)
+            slab.used_tokens += length
+            offset += length
+            remaining -= length
+            expected_tokens -= length
+        if offset > run_start:
+            runs.append(Run(self.slabs[-1], run_row, run_start, offset))
+        self.num_tokens += offset
+        return runs
+
+    def write(self, layer: int, runs: Sequence[Run], kv_NTH: Tensor) -> None:
+        """Copy closed tokens `[N, T, 2, H]` of one layer to host memory; asynchronous on a GPU until `flush`."""
+        num_heads, _, _, head_dim = kv_NTH.shape
+        for run in runs:
+            if layer not in run.slab.kv_of_layer:
+                shape = (num_heads, run.slab.capacity_tokens, 2, head_dim)
+                run.slab.kv_of_layer[layer] = self.memory.allocate(shape, kv_NTH.dtype)
+        if self._copy_stream is None:
+            for run in runs:
+                rows = slice(run.row, run.row + run.stop - run.start)
+                run.slab.kv_of_layer[layer][:, rows] = kv_NTH[:, run.start : run.stop]
+            return
+        self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copy_stream):
+            kv_NTH.record_stream(self._copy_stream)
+            for run in runs:
+                rows = slice(run.row, run.row + run.stop - run.start)
+                # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
+                for head in range(num_heads):
+                    source = kv_NTH[head, run.start : run.stop]
+                    run.slab.kv_of_layer[layer][head, rows].copy_(source, non_blocking=True)
+
+    def flush(self) -> None:
+        """Wait until all rows written so far are in host memory."""
+        if self._copy_stream is not None:
+            self._copy_stream.synchronize()
+
+    def order_after_writes(self) -> None:
+        """Make what the device does next wait for the writes so far; does not block the host."""
+        if self._copy_stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
+
+    def add_summaries(self, layer: int, summary_SNPH: Tensor) -> None:
+        """Append the summaries of the sentences placed last, for one layer."""
+        table = self._summary_of_layer.get(layer)
+        used = self._num_summarized.get(layer, 0)
+        needed = used + summary_SNPH.shape[0]
+        if table is None or table.shape[0] < needed:
+            # The first closing of a document is most of it: take just that; later growth doubles.
+            capacity = needed if table is None else max(needed, 2 * table.shape[0])
+            grown = summary_SNPH.new_empty((capacity, *summary_SNPH.shape[1:]))
+            if table is not None:
+                grown[:used] = table[:used]
+            self._summary_of_layer[layer] = table = grown
+        table[used:needed] = summary_SNPH
+        self._num_summarized[layer] = needed
+
+    def summaries(self, layer: int) -> Tensor:
+        """Summaries `[S, N, P, H]` of one layer; a view, valid until the next `add_summaries`."""
+        return self._summary_of_layer[layer][: self._num_summarized[layer]]
+
+
+class Places:
+    """Where every closed sentence of a session is, over all its extents, as of one moment.
+
+    What is placed later does not show: a pass reads what was closed before it, while its own closings get their rows.
+    """
+
+    def __init__(self, extents: Sequence[Extent], device: torch.device) -> None:
+        self.extents = list(extents)
+        self._first_sentence = [0]
+        self._first_slab = [0]
+        for extent in self.extents:
+            self._first_sentence.append(self._first_sentence[-1] + extent.num_sentences)
+            self._first_slab.append(self._first_slab[-1] + len(extent.slabs))
+        self.slabs = [slab for extent in self.extents for slab in extent.slabs]
+        self.slab_of = torch.tensor(
+            [first + i for extent, first in zip(self.extents, self._first_slab, strict=False) for i in extent.slab_ids],
+            dtype=torch.int64,
+        )
+        self.row_of = torch.tensor([row for extent in self.extents for row in extent.rows], dtype=torch.int64)
+        self.length_of = torch.tensor([n for extent in self.extents for n in extent.lengths], dtype=torch.int64)
+        self.length_on_device = self.length_of.to(device)
+        self.num_tokens = int(self.length_of.sum())
+        self._used_tokens = [slab.used_tokens for slab in self.slabs]
+        self._device = device
+
+    @property
+    def num_sentences(self) -> int:
+        return self.length_of.numel()
+
+    def read(self, layer: int) -> list[Tensor]:
+        """All closed tokens of one layer in order, as blocks `[N, t, 2, H]` on the device."""
+        for extent in self.extents:
+            extent.order_after_writes()
+        blocks = []
+        for slab, used_tokens in zip(self.slabs, self._used_tokens, strict=True):
+            kv = slab.kv_of_layer[layer]
+            if self._device.type == "cpu":
+                blocks.append(kv[:, :used_tokens])
+                continue
+            block = torch.empty((kv.shape[0], used_tokens, *kv.shape[2:]), dtype=kv.dtype, device=self._device)
+            for head in range(kv.shape[0]):
+                block[head].copy_(kv[head, :used_tokens], non_blocking=True)
+            blocks.append(block)
+        return blocks
+
+    def start_of(self, sentence: int) -> int:
+        """Context position of a sentence's first token."""
+        extent = bisect.bisect_right(self._first_sentence, sentence) - 1
+        return self.extents[extent].starts[sentence - self._first_sentence[extent]]
+
+
+class HotSet:
+    """Sentences of one layer that are on the GPU now: `C` slots of `M` tokens per KV head; least recently used leaves."""
+
+    def __init__(self, num_heads: int, head_dim: int, num_slots: int, slot_tokens: int, like: Tensor) -> None:
+        device = like.device
+        self.kv = torch.zeros((num_heads, num_slots, slot_tokens, 2, head_dim), dtype=like.dtype, device=device)
+        self._state = HotSetState(
+            sentence_of_slot=torch.full((num_heads, num_slots), -1, dtype=torch.int64, device=device),
+            last_used=torch.full((num_heads, num_slots), -1, dtype=torch.int64, device=device),
+            slot_of_sentence=torch.full((num_heads, 0), -1, dtype=torch.int64, device=device),
+        )
+        self._step = 0
+
+    @property
+    def num_slots(self) -> int:
+        return self.kv.shape[1]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device: slots and bookkeeping."""
+        return self.kv.nbytes + sum(table.nbytes for table in self._state)
+
+    def fetch(self, layer: int, selected_NK: Tensor, places: Places) -> tuple[Tensor, int, int]:
+        """Bring the selection onto the GPU. Returns its slots `[N, K]`, sentences missed and tokens copied."""
+        self._grow_table(places.num_sentences)
+        slot_NK, miss_NK = resolve_hot_set(selected_NK, self._state, self._step)
+        self._step += 1
+        # The plain PyTorch path needs the misses on the host: the one synchronisation of a layer.
+        head_P, rank_P = miss_NK.cpu().nonzero(as_tuple=True)
+        if head_P.numel() == 0:
+            return slot_NK, 0, 0
+        sentence_P = selected_NK.cpu()[head_P, rank_P]
+        slot_P = slot_NK.cpu()[head_P, rank_P]
+        slab_P = places.slab_of[sentence_P]
+        row_P, length_P = places.row_of[sentence_P], places.length_of[sentence_P]
+        num_tokens = 0
+        for slab_id in slab_P.unique().tolist():
+            here = slab_P == slab_id
+            host_kv = places.slabs[slab_id].kv_of_layer[layer]
+            num_tokens += gather_kv(host_kv, head_P[here], row_P[here], length_P[here], slot_P[here], self.kv)
+        return slot_NK, head_P.numel(), num_tokens
+
+    def _grow_table(self, num_sentences: int) -> None:
+        table = self._state.slot_of_sentence
+        missing = num_sentences - table.shape[1]
+        if missing > 0:
+            # Doubling, so that a growing tail does not rebuild the table at every closed sentence.
+            grown = table.new_full((table.shape[0], max(missing, table.shape[1])), -1)
+            self._state = self._state._replace(slot_of_sentence=torch.cat([table, grown], dim=1))
+
+
+def _slab_tokens(expected_tokens: int, at_least: int) -> int:
+    """A power of two, since pinned allocations are rounded up to one; small for tails, large for documents."""
+    wanted = min(max(expected_tokens, at_least, _SMALL_SLAB_TOKENS), max(_LARGE_SLAB_TOKENS, at_least))
+    return 1 << (wanted - 1).bit_length()
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
