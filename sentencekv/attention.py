@@ -158,13 +158,13 @@ def check_supported(model: PreTrainedModel) -> None:
 
     if model.config.is_encoder_decoder:
         refuse("it is an encoder-decoder model; sentencekv needs a causal language model")
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES)
+    if strange:
+        refuse(f"it has layers of kind {', '.join(strange)}; only full and sliding-window attention can be retrieved from")
     if not getattr(type(model), "_supports_attention_backend", False):
         refuse("its attention does not go through transformers' attention interface")
     if not any(isinstance(part, nn.Module) and "rotary" in type(part).__name__.lower() for part in model.modules()):
         refuse("it has no rotary position embedding (RoPE)")
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES)
-    if strange:
-        refuse(f"it has layers of kind {', '.join(strange)}; only full and sliding-window attention can be retrieved from")
     if getattr(config, "num_kv_shared_layers", 0):
         refuse("some of its layers share the KV of others")
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -48,8 +48,9 @@ class Config:
     """GPU tokens per layer and KV head for sentences fetched earlier (rounded up to slots of `max_sentence_tokens`);
     None: four budgets, and never more than the context has."""
 
-    prefill_chunk_tokens: int = 8192
-    """Tokens per forward pass while reading; bounds the activations, never changes the result."""
+    prefill_chunk_tokens: int | None = None
+    """Tokens per forward pass while reading; bounds the activations, never changes the result. None: 8192 on a GPU,
+    1024 on a CPU."""
 
     kv_dtype: Literal["auto"] = "auto"
     """Precision of the host tier; `auto` is the model's own."""
@@ -61,7 +62,8 @@ class Config:
         for field in ("budget_tokens", "window_tokens", "max_sentence_tokens", "min_sentence_tokens"):
             _check_count(field, getattr(self, field), least=1)
         _check_count("sink_tokens", self.sink_tokens, least=0)
-        _check_count("prefill_chunk_tokens", self.prefill_chunk_tokens, least=16)
+        if self.prefill_chunk_tokens is not None:
+            _check_count("prefill_chunk_tokens", self.prefill_chunk_tokens, least=16)
         if self.hot_tokens is not None:
             _check_count("hot_tokens", self.hot_tokens, least=1)
         if self.host_memory_bytes is not None:

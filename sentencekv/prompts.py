@@ -17,7 +17,7 @@ from sentencekv.sentences import sentence_offsets, token_sentence_offsets
 
 Message = Mapping[str, str]
 
-_DOCUMENT, _QUESTION, _ANSWER = "<<sentencekv document>>", "<<sentencekv question>>", "<<sentencekv answer>>"
+_DOCUMENT, _QUESTION = "<<sentencekv document>>", "<<sentencekv question>>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +78,12 @@ class Frame:
     """Whether the tokenizer adds its own begin token (a chat template holds its own)."""
 
 
-def document_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """One user turn with the document and the question if there is a chat template, else a plain question form."""
-    if not tokenizer.chat_template:
+def document_frame(tokenizer: PreTrainedTokenizerBase, *, chat: bool | None) -> Frame:
+    """One user turn with the document and the question, or a plain question form.
+
+    `chat` None: a turn if the tokenizer has a chat template. True without a template raises ValueError.
+    """
+    if chat is False or (chat is None and not tokenizer.chat_template):
         return Frame("", "\n\nQuestion: ", "\nAnswer:", special_tokens=True)
     rendered = _render(tokenizer, [{"role": "user", "content": f"{_DOCUMENT}\n\n{_QUESTION}"}])
     before, _, rest = rendered.partition(_DOCUMENT)
@@ -99,6 +102,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     rendered = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
     assert isinstance(rendered, str)
     return rendered
+
+
+def section(prompt: Prompt, first: int, stop: int, begin_ids: Sequence[int]) -> Prompt:
+    """Tokens `[first, stop)` of a prompt as a prompt of its own, with `begin_ids` before them; the text stays whole."""
+    added = len(begin_ids)
+    ends = [end - first + added for end in prompt.ends if first < end < stop] + [stop - first + added]
+    spans = np.concatenate([np.zeros((added, 2), dtype=np.int64), prompt.spans[first:stop]])
+    return Prompt(prompt.text, [*begin_ids, *prompt.token_ids[first:stop]], spans, ends)
 
 
 def tail_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], config: Config) -> list[int]:

@@ -1,0 +1,98 @@
+"""Tiny random models and a tiny tokenizer: no network, no GPU needed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sentencekv.prose import generate_prose
+
+torch.set_num_threads(2)
+
+VOCABULARY = 512
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, **SLIDING},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None},
+    "ministral": {"head_dim": 16, **SLIDING},
+    "phi3": {"sliding_window": None, "partial_rotary_factor": 0.5},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16, **SLIDING},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **SLIDING},
+    "olmo2": {},
+    "olmo3": {**SLIDING},
+    "granite": {"attention_multiplier": 0.2, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": [], **EXPERTS},
+    "glm4": {"head_dim": 16},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "gpt_neox": {},
+}
+
+
+def make_model(architecture: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A tiny random model in float32; the scale of its weights makes its attention peaked, not uniform."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **{**COMMON, **ARCHITECTURES.get(architecture, {}), **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, trained on generated prose."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<begin>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([generate_prose(3000, seed=1)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<begin>", pad_token="<begin>")
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    return generate_prose(2000, seed=2)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every test that takes it runs on the CPU, and on a GPU where there is one."""
+    return torch.device(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
