@@ -175,6 +175,17 @@ class Session:
         self._append(layer, new_NLH)
         return output
 
+    def append_context(self, layer: int, kv_NLH: Tensor) -> None:
+        """Append KV `[N, L, 2, H]` that the pass's new tokens already have, without attention: `attend`'s other half.
+
+        For a context whose KV was computed elsewhere; the layer must be one that retrieves (no sliding window).
+        """
+        assert self._pass is not None and kv_NLH.shape[1] == self._pass.num_new
+        self._dense_bytes_per_token[layer] = kv_NLH.nbytes // kv_NLH.shape[1]
+        if layer not in self._recent:
+            self._sink[layer] = self._recent[layer] = kv_NLH[:, :0]
+        self._append(layer, kv_NLH)
+
     def _attend_local(
         self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, sliding_window: int, softcap: float | None
     ) -> Tensor:
