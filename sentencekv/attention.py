@@ -119,7 +119,8 @@ def forward(
     Args:
         token_ids: each session's new tokens, at least one.
         exact: new tokens attend to everything; otherwise one token per session, sentences selected.
-        all_logits: logits of every new token `[sum of lengths, vocabulary]`; else of each session's last, `[B, vocabulary]`.
+        all_logits: logits of every new token, `[sum of lengths, vocabulary]`; else of each session's last one,
+            `[B, vocabulary]`.
         expected_tokens: per session, tokens that will still be closed (see `Session.begin`).
     """
     lengths = [len(ids) for ids in token_ids]
@@ -160,7 +161,9 @@ def check_supported(model: PreTrainedModel) -> None:
         refuse("it is an encoder-decoder model; sentencekv needs a causal language model")
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES)
     if strange:
-        refuse(f"it has layers of kind {', '.join(strange)}; only full and sliding-window attention can be retrieved from")
+        refuse(
+            f"it has layers of kind {', '.join(strange)}; only full and sliding-window attention can be retrieved from"
+        )
     if not getattr(type(model), "_supports_attention_backend", False):
         refuse("its attention does not go through transformers' attention interface")
     if not any(isinstance(part, nn.Module) and "rotary" in type(part).__name__.lower() for part in model.modules()):
@@ -196,7 +199,7 @@ def _compare_with_dense(model: PreTrainedModel, config: PretrainedConfig) -> Non
     limit = 1e-3 if model.dtype == torch.float32 else 5e-2
     if not error <= limit:
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({config.model_type}) is not supported: on 24 tokens its logits differ from its own "
-            f"dense attention by {error:.2g} of their norm (limit {limit:.2g}); its attention has a part that "
+            f"{type(model).__name__} ({config.model_type}) is not supported: on 24 tokens its logits differ from "
+            f"its own dense attention by {error:.2g} of their norm (limit {limit:.2g}); its attention has a part that "
             "sentencekv does not know"
         )

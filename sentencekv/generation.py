@@ -92,7 +92,7 @@ class LogLikelihood:
 
 
 def find_sources(decoding: Decoding, context: Prompt, first_char: int) -> list[Source]:
-    """Sentences of a context by the attention they got. `first_char`: where the user's text begins in `context.text`."""
+    """Sentences of a context by the attention they got; `first_char`: where the user's text begins in it."""
     session = decoding.session
     found = []
     for sentence, share in enumerate(session.shares()):
@@ -107,9 +107,7 @@ def find_sources(decoding: Decoding, context: Prompt, first_char: int) -> list[S
     return sorted(found, key=lambda source: -source.share)
 
 
-def finish(
-    decoding: Decoding, sources: Sequence[Source], *, context_tokens: int, started_at: float
-) -> Generation:
+def finish(decoding: Decoding, sources: Sequence[Source], *, context_tokens: int, started_at: float) -> Generation:
     """The result of a sequence that has ended."""
     session, traffic = decoding.session, decoding.session.traffic
     later = len(decoding.token_ids) - 1

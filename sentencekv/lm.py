@@ -119,7 +119,7 @@ class LongContextLM:
         looks_local = path.startswith((".", "~", os.sep)) or path.count("/") > 1
         if looks_local and not Path(folder).expanduser().is_dir():
             raise FileNotFoundError(
-                f"no model folder at {path!r}; give a folder that holds config.json and weights, a hub name, or 'pocket'"
+                f"no model folder at {path!r}; give a folder with config.json and weights, a hub name, or 'pocket'"
             )
         folder = str(Path(folder).expanduser()) if looks_local else folder
         try:
@@ -132,7 +132,8 @@ class LongContextLM:
                 f"cannot load a model from {path!r}: {reason}; it must be a folder with config.json, weights and "
                 "tokenizer.json, or the name of one on the hub"
             ) from error
-        return cls._checked(model.to(where).eval(), tokenizer, settings)
+        model.to(device=where)
+        return cls._checked(model.eval(), tokenizer, settings)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> LongContextLM:
@@ -190,9 +191,7 @@ class LongContextLM:
                 pass
             return results[0]
         if not isinstance(prompt, Sequence) or not prompt:
-            raise TypeError(
-                f"a prompt must be a string, a list of strings or chat messages, got {_describe(prompt)}"
-            )
+            raise TypeError(f"a prompt must be a string, a list of strings or chat messages, got {_describe(prompt)}")
         results = []
         for _ in self._generate([self._encode(text) for text in prompt], options, progress, results):
             pass
@@ -326,9 +325,7 @@ class LongContextLM:
         yield from decode(self.model, decodings, logits)
         for decoding, prompt in zip(decodings, prompts, strict=True):
             sources = find_sources(decoding, prompt, 0)
-            results.append(
-                finish(decoding, sources, context_tokens=len(prompt.token_ids), started_at=started_at)
-            )
+            results.append(finish(decoding, sources, context_tokens=len(prompt.token_ids), started_at=started_at))
 
     def _decoding(self, session: Session, context_ids: Sequence[int], options: SamplingOptions) -> Decoding:
         return Decoding(session, context_ids, self.tokenizer, options, self._stop_ids)
@@ -367,10 +364,11 @@ class LongContextLM:
             raise ValueError("the prompt has no tokens; give at least one character that the tokenizer knows")
         needed = before + longest + new_tokens
         if self.max_positions is not None and needed > self.max_positions:
+            asked = f" and {new_tokens} more are to be generated" if new_tokens else ""
+            remedy = "shorten the text" + (" or lower max_new_tokens" if new_tokens else "")
             raise ValueError(
-                f"the prompt has {before + longest} tokens and {new_tokens} more are to be generated, "
-                f"{needed} in all; the model has positions for {self.max_positions}: shorten the text or lower "
-                "max_new_tokens"
+                f"the prompt has {before + longest} tokens{asked}; the model has positions for {self.max_positions}: "
+                f"{remedy}, or use a model with a longer context"
             )
         self._memory.check(sum(len(prompt.token_ids) for prompt in prompts) * self.kv_bytes_per_token())
 

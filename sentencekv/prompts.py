@@ -42,9 +42,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, config: Config, *, spe
             "convert it to a tokenizer.json"
         )
     try:
-        encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False)
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not valid Unicode text: {error.reason} at character {error.start}") from None
+        raise ValueError(
+            f"the prompt is not valid Unicode text: {error.reason} at character {error.start}; decode the file with "
+            "its own encoding, or with errors='replace'"
+        ) from None
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False)
     token_ids = list(encoded["input_ids"])
     spans = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     offsets = sentence_offsets(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(options.seed)
-        self._ids = torch.tensor(list(prompt_ids), device=device)
+        self._ids = torch.tensor(list(prompt_ids), dtype=torch.int64, device=device)
 
     def draw(self, logits_V: Tensor) -> tuple[int, float | None]:
         """The next token and, if asked for, its log-probability under the model itself.
@@ -96,7 +97,10 @@ class Sampler:
                 "the model's logits are NaN; its weights or its precision are broken: try dtype='float32', "
                 "and check the model folder"
             )
-        scores = self._processors(self._ids[None], logits_V[None].clone())[0] if self._processors else logits_V
+        ids = cast(torch.LongTensor, self._ids[None])
+        scores = (
+            self._processors(ids, cast(torch.FloatTensor, logits_V[None].clone()))[0] if self._processors else logits_V
+        )
         if self._greedy:
             token = int(scores.argmax())
         else:

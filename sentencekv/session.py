@@ -159,7 +159,8 @@ class Session:
             q_ALH, k_NLH, v_NLH: post-RoPE queries of all `A = N * G` heads, keys and values of the new tokens.
             scale, sliding_window, softcap: as in `exact_attention`.
         """
-        assert self._pass is not None and q_ALH.shape[1] == self._pass.num_new
+        assert self._pass is not None
+        assert q_ALH.shape[1] == self._pass.num_new
         new_NLH = torch.stack([k_NLH, v_NLH], dim=2)
         self._dense_bytes_per_token[layer] = new_NLH.nbytes // new_NLH.shape[1]
         if sliding_window is not None:
@@ -180,7 +181,8 @@ class Session:
 
         For a context whose KV was computed elsewhere; the layer must be one that retrieves (no sliding window).
         """
-        assert self._pass is not None and kv_NLH.shape[1] == self._pass.num_new
+        assert self._pass is not None
+        assert kv_NLH.shape[1] == self._pass.num_new
         self._dense_bytes_per_token[layer] = kv_NLH.nbytes // kv_NLH.shape[1]
         if layer not in self._recent:
             self._sink[layer] = self._recent[layer] = kv_NLH[:, :0]
@@ -194,9 +196,7 @@ class Session:
         self._local[layer] = kv_NTH[:, -(sliding_window - 1) :].clone() if sliding_window > 1 else new_NLH[:, :0]
         return exact_attention(q_ALH, kv_NTH, scale=scale, sliding_window=sliding_window, softcap=softcap)
 
-    def _attend_sparse(
-        self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
+    def _attend_sparse(self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, softcap: float | None) -> Tensor:
         num_heads, _, _, head_dim = new_NLH.shape
         q_NGH = q_ALH.view(num_heads, -1, head_dim)
         places = self._places
@@ -209,9 +209,7 @@ class Session:
         resident = torch.cat([self._sink[layer], self._recent[layer], new_NLH], dim=1)
         picked = selected_NK.clamp(min=0)
         length_NK = places.length_on_device[picked] if places.num_sentences else picked
-        output_NGH, share_NGK = sparse_decode(
-            q_NGH, hot.kv, slot_NK, length_NK, resident, scale=scale, softcap=softcap
-        )
+        output_NGH, share_NGK = sparse_decode(q_NGH, hot.kv, slot_NK, length_NK, resident, scale=scale, softcap=softcap)
         # Padding has share 0, so adding it to sentence 0 changes nothing.
         self._share_S.index_add_(0, picked.flatten(), share_NGK.mean(dim=1).flatten() / num_heads)
         return output_NGH.reshape(-1, 1, head_dim)
@@ -264,7 +262,7 @@ class Session:
     # What it holds and what it read
 
     def shares(self) -> list[float]:
-        """Attention that each closed sentence got in sparse steps, averaged over steps, heads and layers; sums to < 1."""
+        """Attention that each closed sentence got, averaged over steps, heads and layers; sums to less than 1."""
         layers = max(len(self._hot), 1)
         return (self._share_S / max(self.traffic.steps * layers, 1)).tolist()
 

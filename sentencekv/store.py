@@ -52,10 +52,10 @@ class HostMemory:
         if self.limit_bytes is not None:
             free = min(free, self.limit_bytes - self.in_use_bytes)
         if needed_bytes > free:
-            bound = "" if self.limit_bytes is None else f" (host_memory_bytes is {_gib(self.limit_bytes)})"
+            bound = "" if self.limit_bytes is None else f" (host_memory_bytes is {_size(self.limit_bytes)})"
             raise MemoryError(
-                f"the context's KV needs {_gib(needed_bytes)} of host memory and {_gib(max(free, 0))} is free{bound}; "
-                f"KV of open documents holds {_gib(self.in_use_bytes)}: close documents, raise the bound, or read "
+                f"the context needs {_size(needed_bytes)} of host memory and {_size(max(free, 0))} is free{bound}; "
+                f"KV of open documents holds {_size(self.in_use_bytes)}: close documents, raise the bound, or read "
                 "a shorter text"
             )
 
@@ -269,7 +269,7 @@ class Places:
 
 
 class HotSet:
-    """Sentences of one layer that are on the GPU now: `C` slots of `M` tokens per KV head; least recently used leaves."""
+    """Sentences of one layer that are on the GPU now: `C` slots of `M` tokens per KV head, least recently used out."""
 
     def __init__(self, num_heads: int, head_dim: int, num_slots: int, slot_tokens: int, like: Tensor) -> None:
         device = like.device
@@ -325,5 +325,5 @@ def _slab_tokens(expected_tokens: int, at_least: int) -> int:
     return 1 << (wanted - 1).bit_length()
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"

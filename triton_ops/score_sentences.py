@@ -21,10 +21,10 @@ def score_sentences_ref(
 ) -> Tensor:
     """One score per KV head and sentence, `[N, S]` float32, each query head's scores summing to one.
 
-    The logit of a sentence is `x . summary[0] + f(x) . summary[1] + bias`, with `x = scale * q` and `f` the element-wise
-    square or absolute value; with one plane, only the first term. Logits become shares by a softmax over sentences for
-    each query head, then the group takes their maximum (or mean): were the raw maximum taken, one head with large
-    logits would decide for all.
+    The logit of a sentence is `x . summary[0] + f(x) . summary[1] + bias`, with `x = scale * q` and `f` the
+    element-wise square or absolute value; with one plane, only the first term. Logits become shares by a softmax over
+    sentences for each query head, then the group takes their maximum (or mean): were the raw maximum taken, one head
+    with large logits would decide for all.
 
     Args:
         q_NGH: `[N, G, H]` post-RoPE queries.

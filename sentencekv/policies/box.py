@@ -11,7 +11,7 @@ from triton_ops import summarize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Box(Policy):
-    """Score the upper bound of `q . k` over the per-dimension minimum and maximum (Quest: Tang et al., 2024, arXiv:2406.10774).
+    """Score the upper bound of `q . k` over the keys' bounding box (Quest: Tang et al., 2024, arXiv:2406.10774).
 
     sum(max(q min, q max)) = q . centre + |q| . half range, so the box is kept as centre and half range.
     """

@@ -1,0 +1,1 @@
+"""Data: parameters of sentence splitting, trained by `training/punkt.py`, and a list of abbreviations."""
