@@ -31,10 +31,10 @@ _ENDS = re.compile(
 """End marks, the closing marks and note numbers after them, the next word. The look-behind keeps long runs linear."""
 _WIDE_ENDS = re.compile(r"[。！？｡।॥؟۔։።။។]+[」』）”’】》〉\]\"']*")
 """Ends in scripts whose stops need no space after them."""
-_INITIAL = re.compile(r"[^\W\d_]\.")
+_INITIAL = re.compile(r"[^\W\d_]\.|[OD]['’][^\W\d_]")
 _UPPER_INSIDE = (1 << 2) | (1 << 3)
 """Punkt's flags for a capital in the middle of a sentence, and where it might be one: a name, as after a title."""
-_NUMBER = re.compile(r"\d|[IVXLCDM]+\b|[ivxlc]+\b")
+_NUMBER = re.compile(r"\d|[IVXLCDM]{2,}\b|[VX]\b|[ivxlc]+\b")
 
 
 class Splitter(Protocol):
@@ -212,7 +212,7 @@ _NEEDS_NO_SPACE = np.zeros(1 << 16, bool)
 _NEEDS_NO_SPACE[[ord(character) for character in "—、，；：）」』。！？｡।॥"]] = True
 _QUOTES = np.zeros(1 << 16, bool)
 _QUOTES[[ord("'"), ord('"')]] = True
-_STOP = 3
+_STOP, _STRONGEST_CUT = 3, 7
 
 
 class _Characters:
@@ -289,6 +289,8 @@ class _Tokens:
             np.where(self.mark_levels > 0, 4 + self.mark_levels, 3 + (self.num_newlines > 0)),
             1 + ((self.mark_levels > 0) & ~_QUOTES[codes]),
         ).astype(np.int8)
+        # A full stop that did not end a sentence stands after an abbreviation: the worst of the spaces.
+        self.cut_strengths[is_apart & (codes == ord("."))] = 2
         self.cut_strengths[1:][np.diff(self.starts) == 0] = 0
         """0 inside a character, 1 inside a word, 2 at an unspaced mark, 3 space, 4 newline, 5 comma, 6 `;`, 7 stop."""
 
@@ -358,7 +360,8 @@ def sentence_offsets(
 ) -> np.ndarray:
     """Every token in exactly one sentence, and no sentence longer than `max_tokens`.
 
-    A sentence that is too long is cut at stops Punkt did not take, else clause marks, else white space, else anywhere.
+    A sentence that is too long is cut where the default splitter would, else at clause marks, else at white space, else
+    anywhere.
     One shorter than `min_tokens` joins a neighbour, in its own line or paragraph if it can, unless the two together
     would be too long.
 
@@ -382,9 +385,11 @@ def sentence_offsets(
     _check_limits(max_tokens, min_tokens)
     if not len(spans):
         return np.zeros(1, np.int64)
-    ends = default_splitter()(text) if splitter is None else _checked_ends(splitter(text), len(text))
     tokens = _Tokens(text, spans)
-    cuts = tokens.split_long(tokens.cuts(ends), max_tokens, min_tokens)
+    default_cuts = tokens.cuts(default_splitter()(text))
+    cuts = default_cuts if splitter is None else tokens.cuts(_checked_ends(splitter(text), len(text)))
+    tokens.cut_strengths[default_cuts[:-1]] = _STRONGEST_CUT
+    cuts = tokens.split_long(cuts, max_tokens, min_tokens)
     return np.asarray(tokens.join_short(cuts, max_tokens, min_tokens), np.int64)
 
 

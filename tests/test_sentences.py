@@ -140,6 +140,9 @@ def test_pieces_give_what_their_spans_give(pieces: list[str]) -> None:
         ["Mr. Darcy bowed.", " Mrs. Long did not.", " Dr. Brown, of St. Giles, left."],
         ["He was J. R. Smith of Ohio.", " He came at 5 p.m. on Friday."],
         ["See No. 5, vol. II, pp. 3-9 and fig. 2.", " He said no.", " Then he left."],
+        ["The cap.", " I took it.", " St. Louis is far.", " Yes and no.", " I left."],
+        ["J. J. O’Molloy of the Y. M. C. A. spoke.", " Then Dr. Long did."],
+        ["Wait!", " Stop it...", " She did.", " Oh…", " The end."],
         ["Prices rose 3.5% in the U.S. last year.", " The end came soon."],
         ["“Is he married?” said his wife.", " “Single, my dear!”", " She sat down."],
         ['"Where is it?" he asked.', ' "Nobody knows."', " It was late."],
@@ -188,6 +191,19 @@ def test_long_sentences_are_cut_at_marks_before_spaces_before_words() -> None:
     assert cut("aaaa bbbb cccc dddd eeee ffff")[0] == "aaaa bbbb cccc dddd "
     assert cut('{"aaaaaaa":1,"bbbbbbbbbb":2}')[0].endswith(",")
     assert [len(piece) for piece in cut("a" * 41)] == [20, 17, 4]
+
+
+def test_long_sentences_are_not_cut_after_abbreviations() -> None:
+    text = "and so it was that on a wet day old Mr. Bartholomew Featherstonehaugh of nowhere"
+    offsets = sentence_offsets(text, _code_point_spans(text), max_tokens=40, min_tokens=4)
+    assert "Mr. B" in text[offsets[0] : offsets[1]] or "Mr. B" in text[offsets[1] : offsets[2]]
+
+
+def test_long_sentences_of_ones_own_are_cut_where_the_default_would() -> None:
+    text = "One two three. Four five, six seven eight nine"
+    spans = _code_point_spans(text)
+    offsets = sentence_offsets(text, spans, max_tokens=30, min_tokens=4, splitter=lambda text: [])
+    assert text[: offsets[1]].strip() == "One two three."
 
 
 def test_short_sentences_join_within_their_paragraph() -> None:

@@ -20,8 +20,6 @@ from nltk.tokenize.punkt import PunktParameters, PunktTrainer
 _OUTPUT = Path(__file__).resolve().parents[1] / "sentencekv" / "punkt" / "english.json"
 _LOWER_CASE_FLAGS = (1 << 4) | (1 << 5) | (1 << 6)
 """Punkt's flags for a word seen in lower case at the beginning, the middle, or an unknown place of a sentence."""
-
-
 _INSIDE_UPPER_CASE = 1 << 2
 _QUOTES = re.compile(r"[“”\"«»_*]|(?<!\w)[‘']")
 _DASHES = re.compile(r"--+|—")
