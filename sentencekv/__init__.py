@@ -4,11 +4,17 @@ Read a text once, keep every sentence's KV in host memory, and fetch for each ge
 matter to it: `LongContextLM.from_pretrained(...).read(text).ask(question)`.
 """
 
-from sentencekv.attention import UnsupportedModelError
-from sentencekv.config import Config
-from sentencekv.generation import Generation, LogLikelihood, Perplexity, Source, Stats
-from sentencekv.lm import Document, GenerationStream, LongContextLM
-from sentencekv.sampling import SamplingOptions
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sentencekv.attention import UnsupportedModelError
+    from sentencekv.config import Config
+    from sentencekv.generation import Generation, LogLikelihood, Perplexity, Source, Stats
+    from sentencekv.lm import Document, GenerationStream, LongContextLM
+    from sentencekv.sampling import SamplingOptions
 
 __version__ = "0.1.0"
 
@@ -25,3 +31,30 @@ __all__ = [
     "Stats",
     "UnsupportedModelError",
 ]
+
+_HOMES = {
+    "Config": "config",
+    "Document": "lm",
+    "Generation": "generation",
+    "GenerationStream": "lm",
+    "LogLikelihood": "generation",
+    "LongContextLM": "lm",
+    "Perplexity": "generation",
+    "SamplingOptions": "sampling",
+    "Source": "generation",
+    "Stats": "generation",
+    "UnsupportedModelError": "attention",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Importing the package costs little: torch and transformers, seconds, come when a name that needs them is used.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
