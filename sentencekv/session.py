@@ -234,6 +234,7 @@ class Session:
         if hot is None or hot.num_slots < num_selected:
             # No more slots than there are sentences; when sentences are added, room to grow.
             wanted = max(self._places.num_sentences, 2 * hot.num_slots if hot else 0)
+            wanted = 0 if self.policy.reads == "recent" else wanted
             num_slots = max(num_selected, min(self.config.num_slots, wanted))
             num_heads, head_dim = like.shape[0], like.shape[3]
             hot = HotSet(num_heads, head_dim, num_slots, self.config.max_sentence_tokens, like)
