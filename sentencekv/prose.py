@@ -12,6 +12,7 @@ from typing import NamedTuple
 _SLOT = re.compile(r"\{(\w+)\}")
 _ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou]|hour\b|honest\b|heir\b|8\b|11\b|18\b|8\d\b)(?!one\b|once\b|us[eu]|uni|eu)")
 _AFTER_QUESTION = re.compile(r"\?(?:\.{1,3}|[,;!])")
+_NEW_SENTENCE = re.compile(r"\?; (\w)")
 _DOUBLE_STOP = re.compile(r"(?<!\.)\.\.(?!\.)")
 _MIN_WORDS, _MAX_WORDS = 4, 45
 _NUM_TRIES = 12
@@ -161,7 +162,7 @@ _GRAMMAR: dict[str, tuple[str, ...]] = {
         {weather} lay over {place}|{street} was empty|the {things} were still wet|a {adj} {thing} hung in the doorway
         the lamps were lit along {street}|nobody had swept the yard|the {animal} slept on the {surface}
         {sound} went on as before|{weather} had emptied the market|the whole of {place} smelled of {smell}
-        there was {sound} somewhere behind {place}|the river had risen to the {ordinal} step
+        one could hear {sound} somewhere behind {place}|the river had risen to the {ordinal} step
         a boy was selling {things} by the gate|the {things} had been stacked against the wall
         smoke went straight up from {place}|the church clock said {clock}, which was wrong
         {count} {things} stood in the road
@@ -242,7 +243,7 @@ _GRAMMAR: dict[str, tuple[str, ...]] = {
         I have nothing to say about {matter}|you may tell {person} that I want my {thing} back
         there were {count} of them on {day}|nobody mends a {thing} in this weather|did you see {person} at {place}?
         what became of the {adj} {thing}?|whose {things} are these?|I paid {digits} shillings for those {things}
-        it is only {weather}, it will pass by {day}|my mother kept {things} in just such a {thing}
+        it is only {weather}, it will pass by {day}|my mother kept a {thing} on just such a {surface}
         I will be at {place} by {clock}, with the {thing}|you were seen in {street} with a {adj} {thing}
         {person} never forgave us for {matter}|do not speak to me of {matter}|the {ship} is due from {far} on {day}
         we shall want {digits} {things} before {month}|if it is about {matter}, I would rather hear it from {person}
@@ -258,7 +259,7 @@ _GRAMMAR: dict[str, tuple[str, ...]] = {
         how should I know where {person} keeps the {thing}?|put the {things} down and listen
         I give you my word about {matter}|the key to {place} hangs behind the {thing2}
         is that {sound}, or do I imagine it?|you will find that {idea}|must we go by {street}?
-        there is {adj} weather coming from {far}, by the look of it|when did {person} last pay for the {things}?
+        there is {weather} on the way from {far}, by the look of it|when did {person} last pay for the {things}?
         I never learned to carry a {thing} properly
     """),
     "said": _bank("""
@@ -336,6 +337,18 @@ _GRAMMAR: dict[str, tuple[str, ...]] = {
     """),
 }  # fmt: skip
 
+_BLOCKS = {
+    "narrative": 8,
+    "mixed": 4,
+    "description": 4,
+    "dialogue": 5,
+    "letter": 2,
+    "list": 1,
+    "ledger": 1,
+    "history": 2,
+}
+"""How many blocks of each kind are in the deck that a text deals from."""
+
 _FIRST_NAMES = {
     "he": _bank("""
         Abel|Ambrose|Basil|Caleb|Conrad|Cyril|Edmund|Ezra|Felix|Gilbert|Hugo|Ivor|Jasper|Lionel|Matthias|Nathan|Oswin
@@ -408,6 +421,7 @@ class _Author:
         self.town = pick(_TOWN_HEADS) + pick(_TOWN_TAILS)
         self.banks: dict[str, tuple[str, ...]] = {
             **_GRAMMAR,
+            "block": tuple(kind for kind, count in _BLOCKS.items() for _ in range(count)),
             "place": tuple(places),
             "street": tuple(streets),
             "town": (self.town,),
@@ -522,11 +536,7 @@ class _Author:
         return _tidied("\n".join(lines))
 
     def block(self) -> str:
-        kind = self.random.choices(
-            ("narrative", "mixed", "description", "dialogue", "letter", "list", "ledger", "history"),
-            weights=(30, 16, 14, 20, 6, 4, 4, 6),
-        )[0]
-        match kind:
+        match self.draw("block"):
             case "narrative":
                 return self.paragraph(("narrative",), 3, 8)
             case "mixed":
@@ -556,6 +566,7 @@ def _capitalised(text: str) -> str:
 def _tidied(text: str) -> str:
     """A first capital, `an` before vowels, and one mark where a question met the comma or full stop of its frame."""
     text = _ARTICLE.sub(r"\1n ", text)
+    text = _NEW_SENTENCE.sub(lambda match: f"? {match[1].upper()}", text)
     text = _AFTER_QUESTION.sub("?", text)
     text = _DOUBLE_STOP.sub(".", text)
     return '"' + _capitalised(text[1:]) if text.startswith('"') else _capitalised(text)
