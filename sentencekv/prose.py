@@ -160,7 +160,7 @@ _GRAMMAR: dict[str, tuple[str, ...]] = {
     "walking": _bank("hurrying|strolling|limping|driving slowly|coming down|creeping|wandering"),
     "scene": _bank("""
         {weather} lay over {place}|{street} was empty|the {things} were still wet|a {adj} {thing} hung in the doorway
-        the lamps were lit along {street}|nobody had swept the yard|the {animal} slept on the {surface}
+        the lamps were lit along {street}|nobody had swept the yard of {place}|the {animal} slept on the {surface}
         {sound} went on as before|{weather} had emptied the market|the whole of {place} smelled of {smell}
         one could hear {sound} somewhere behind {place}|the river had risen to the {ordinal} step
         a boy was selling {things} by the gate|the {things} had been stacked against the wall
@@ -296,7 +296,12 @@ _GRAMMAR: dict[str, tuple[str, ...]] = {
         {person} will have it that {person2} {person_vp}, but I was there, and I saw nothing of the kind.
         I enclose {digits2} shillings for the {things}.
     """),
-    "letter_close": _bank("Yours ever|With kind regards|Your affectionate cousin|In haste, your friend"),
+    "letter_close": _bank("""
+        Yours ever, in spite of {matter}|With kind regards to {person}|Your affectionate {relation}|In haste, on {day}
+        Yours, until {month}|With thanks for the {things}|Believe me, with regards to {person}, yours ever
+        Your {relation}, in good health but for {weather}|Yours, from {place}|Your obedient {relation}, at {clock}
+    """),
+    "relation": _bank("cousin|friend|niece|godchild|neighbour|partner|pupil|sister-in-law|tenant|old shipmate"),
     "list_head": _bank("""
         Left at {place} on {day}|Wanted before the {ordinal} of {month}|Found in the {adj} {thing}|To be sold at {place}
         Items lent to {person}|Things to settle with {person}|For the journey to {far}
@@ -513,9 +518,8 @@ class _Author:
         date = self.fill(f"{self.draw('place')}, {{digits2}} {{month}} {{year}}", {}).replace("the ", "The ", 1)
         body = [self.sentence("letter_open", scope)]
         body += [self.sentence("letter", self.scope()) for _ in range(self.random.randint(3, 8))]
-        return "\n\n".join(
-            (date, f"My dear {reader.short},", " ".join(body), f"{self.draw('letter_close')},\n{writer.full}")
-        )
+        close = self.fill(self.draw("letter_close"), scope)
+        return "\n\n".join((date, f"My dear {reader.short},", " ".join(body), f"{close},\n{writer.full}"))
 
     def items(self) -> str:
         head = _capitalised(self.fill(self.draw("list_head"), self.scope()))
