@@ -132,7 +132,7 @@ class LongContextLM:
                 f"cannot load a model from {path!r}: {reason}; it must be a folder with config.json, weights and "
                 "tokenizer.json, or the name of one on the hub"
             ) from error
-        model.to(device=where)
+        torch.nn.Module.to(model, where)
         return cls._checked(model.eval(), tokenizer, settings)
 
     @classmethod
