@@ -34,8 +34,9 @@ from sentencekv.store import HostMemory
 
 CHECK_TOKENS = 2048
 CHECK_STEPS = 4
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference to dense decoding that passes, as a share of the logits' norm."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Difference to dense decoding that always passes, as a share of the logits' norm. Where rounding alone does more, the
+limit is twice the difference between transformers' own two dense implementations."""
 
 Step = Callable[[int], Tensor]
 """Feeds one token, returns its float32 logits `[1, vocabulary]`."""
@@ -59,7 +60,10 @@ def dense_step(model: PreTrainedModel, cache: DynamicCache) -> Step:
 
 
 def check(model: PreTrainedModel, memory: HostMemory, context_tokens: int, seed: int) -> dict[str, Any]:
-    """Relative error of covering sparse decoding against dense, and that of reading no context, as a control."""
+    """Relative error of covering sparse decoding against dense, and that of reading no context, as a control.
+
+    The same dense decoding with `eager` in place of `sdpa` attention says how much rounding alone does.
+    """
     context = Context(model, context_tokens, CHECK_STEPS, seed)
     covering = Config(policy="moments", budget_tokens=context_tokens + CHECK_STEPS)
     steps = {
@@ -68,14 +72,22 @@ def check(model: PreTrainedModel, memory: HostMemory, context_tokens: int, seed:
         "window": session_step(model, context.session(Config(policy="window"), memory)),
     }
     logits = {name: torch.cat([step(token) for token in context.token_ids()]) for name, step in steps.items()}
-    norm = logits["dense"].norm()
-    error, control = (((logits[name] - logits["dense"]).norm() / norm).item() for name in ("sparse", "window"))
-    tolerance = TOLERANCE[model.dtype]
+    model.set_attn_implementation("eager")
+    step = dense_step(model, context.cache())
+    logits["eager"] = torch.cat([step(token) for token in context.token_ids()])
+    model.set_attn_implementation("sdpa")
+
+    def difference(name: str) -> float:
+        return ((logits[name] - logits["dense"]).norm() / logits["dense"].norm()).item()
+
+    error, rounding, control = difference("sparse"), difference("eager"), difference("window")
+    tolerance = max(TOLERANCE[model.dtype], 2 * rounding)
     passed = error <= tolerance and control >= 2 * tolerance
     return {
         "context_tokens": context_tokens,
         "steps": CHECK_STEPS,
         "relative_error": error,
+        "rounding_relative_error": rounding,
         "control_relative_error": control,
         "tolerance": tolerance,
         "passed": passed,
@@ -319,7 +331,8 @@ def main(
             f"{shape}, {parameters / 1e9:.3g} B parameters, {dtype}, batch 1, {context} tokens of context, {place}, "
             f"copy bandwidth {bandwidth / 1e9:,.0f} GB/s",
             f"check at {checked['context_tokens']} tokens: covering sparse decoding is within "
-            f"{checked['relative_error']:.2g} of dense (limit {checked['tolerance']:.2g}), without the context "
+            f"{checked['relative_error']:.2g} of dense (limit {checked['tolerance']:.2g}; dense with eager attention "
+            f"is within {checked['rounding_relative_error']:.2g}), without the context "
             f"{checked['control_relative_error']:.2g}",
             "",
             table(rows),
