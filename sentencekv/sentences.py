@@ -235,32 +235,32 @@ class _Characters:
         A break counts as wrapping when both lines hold text, the next line's first word would not have fitted on this
         one (the longest line of the paragraph gives the width), and the next line begins as prose does.
         """
-        if not len(self.newlines):
-            return self.newlines
-        starts = np.concatenate([[0], self.newlines + 1])
-        ends = np.concatenate([self.newlines, [len(self.codes)]])
-        first = np.append(self.solid, len(self.codes))[np.searchsorted(self.solid, starts)]
-        is_blank = first >= ends
-        last = np.concatenate([[-1], self.solid])[np.searchsorted(self.solid, ends)]
-        lengths = np.where(is_blank, 0, last + 1 - starts)
+        if not len(self.newlines) or not len(self.solid):
+            return self.newlines[:0]
+        # One break per run of blank lines, so that every line but the first and the last holds text.
+        num_before = np.searchsorted(self.solid, self.newlines)
+        run_starts = np.flatnonzero(np.diff(num_before, prepend=-1))
+        breaks, num_before = self.newlines[run_starts], num_before[run_starts]
+        last_breaks = self.newlines[np.append(run_starts[1:], len(self.newlines)) - 1]
+        is_blank_between = (breaks != last_breaks) | (num_before == 0) | (num_before == len(self.solid))
+        starts = np.append(0, last_breaks + 1)
+        first = np.append(self.solid, len(self.codes))[np.append(0, num_before)]
+        last = self.solid[np.maximum(np.append(num_before, len(self.solid)) - 1, 0)]
+        lengths = np.maximum(last + 1 - starts, 0)
         spaces = np.append(np.flatnonzero(self.is_space), len(self.codes))
         words = spaces[np.searchsorted(spaces, first)] - first
-        paragraph = np.cumsum(is_blank)
-        first_of_paragraph = np.flatnonzero(np.diff(paragraph, prepend=-1))
-        widths = np.maximum.reduceat(lengths, first_of_paragraph)[
-            np.searchsorted(first_of_paragraph, np.arange(len(starts)), "right") - 1
-        ]
+        paragraph = np.append(0, np.cumsum(is_blank_between))
+        widths = np.maximum.reduceat(lengths, np.flatnonzero(np.diff(paragraph, prepend=-1)))[paragraph]
         following = np.append(self.codes, 0)[first[1:]]
         is_wrapped = (
-            ~is_blank[:-1]
-            & ~is_blank[1:]
+            ~is_blank_between
             & (lengths[:-1] + 1 + words[1:] > widths[:-1])
             & (words[1:] < lengths[1:])
             & (widths[:-1] >= _WRAPPED_WIDTHS[0])
             & (widths[:-1] <= _WRAPPED_WIDTHS[1])
             & ~_LINE_STARTERS[following]
         )
-        return self.newlines[~is_wrapped]
+        return breaks[~is_wrapped]
 
 
 class _Tokens:
