@@ -236,17 +236,17 @@ def test_sliding_layers_keep_their_window_only(device: torch.device) -> None:
 
 
 def test_long_generation_keeps_the_device_flat(device: torch.device) -> None:
-    """1500 generated tokens: only summaries grow, and no faster than their share of the KV."""
-    tokens = Tokens.random(1800, device)
+    """700 generated tokens: only summaries grow, and no faster than their share of the KV."""
+    tokens = Tokens.random(1000, device)
     config = dataclasses.replace(CONFIG, hot_tokens=64)
     session = new_session(device, None, config)
-    session.expect(sentence_ends(1800))
+    session.expect(sentence_ends(1000))
     run(session, tokens, 300, exact=True)
     resident = []
-    for stop in range(301, 1801):
+    for stop in range(301, 1001):
         run(session, tokens, stop, exact=False)
         resident.append(sum(t.nbytes for t in session._recent.values()) + session._hot[0].kv.nbytes)
-    assert max(resident[-500:]) <= max(resident[:500])
+    assert max(resident[350:]) <= max(resident[:350])
     assert session.host_bytes >= session.dense_bytes * 0.9
     assert session.device_bytes < session.dense_bytes
 
