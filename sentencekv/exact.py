@@ -85,7 +85,10 @@ def exact_attention(
             )
             continue
         mask = visible(stop - start, block.shape[1], sliding_window, q.device)
+        if q.is_cuda:
+            # With a mask, torch's fused CUDA kernels do not group heads; unfused attention would cost far more memory.
+            block = block.repeat_interleave(q.shape[0] // block.shape[0], dim=0)
         output[:, start:stop] = F.scaled_dot_product_attention(
-            q[None], block[None, :, :, 0], block[None, :, :, 1], mask, scale=scale, enable_gqa=True
+            q[None], block[None, :, :, 0], block[None, :, :, 1], mask, scale=scale, enable_gqa=not q.is_cuda
         )[0]
     return output
