@@ -1,0 +1,474 @@
+"""The command line: `sentencekv demo | ask | chat | policies | info`.
+
+Answers go to standard output; progress, sources of an answer, costs and errors go to standard error. Every error of
+the user's is one sentence; exit status 2 for what was asked wrongly, 1 for what failed, 130 for Ctrl-C.
+"""
+
+# torch and transformers take seconds to import: they are imported inside the commands, so that `--help` and every
+# error that can be found without a model come at once.
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sentencekv import __version__, failures
+from sentencekv.files import STANDARD_INPUT, LoadedText, load_text
+from sentencekv.terminal import (
+    ReadingProgress,
+    cost_lines,
+    format_bytes,
+    format_reach,
+    key_values,
+    make_console,
+    one_line,
+    plural,
+    show,
+    sources_list,
+    stats_table,
+    summary_block,
+    verdict_block,
+    write,
+    write_answer,
+)
+
+if TYPE_CHECKING:
+    from sentencekv.generation import Generation
+    from sentencekv.lm import Document, LongContextLM
+
+DEFAULT_BUDGET_TOKENS = 1024
+"""`Config.budget_tokens`, for the help texts; a test holds them together."""
+
+DEFAULT_POLICY = "moments"
+"""`Config.policy`, likewise."""
+
+DEMO_BUDGET_TOKENS = 512
+
+
+app = typer.Typer(
+    name="sentencekv",
+    help="Long-context decoding: read a text once, keep every sentence, fetch the ones that each token needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_Model = Annotated[str, typer.Option("--model", help="A model folder, a hub name, or 'pocket', the built-in one.")]
+_Policy = Annotated[str, typer.Option("--policy", help="How sentences are chosen; see `sentencekv policies`.")]
+_PolicyOptions = Annotated[
+    list[str] | None, typer.Option("--policy-option", metavar="NAME=VALUE", help="An option of the policy; repeatable.")
+]
+_Budget = Annotated[int, typer.Option("--budget", help="Context tokens that one KV head may read at one step.")]
+_Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+_Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+_MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens of one answer.")]
+_Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own warnings.")]
+_File = Annotated[
+    str, typer.Argument(metavar="FILE", help="A text file, '-' for standard input, or a directory, read file by file.")
+]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. `args`: None for those of the process."""
+    given = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in given
+    _prepare(debug)
+    if args is None and not debug:
+        sys.excepthook = _report_unexpected
+    try:
+        status = app(args=given, prog_name="sentencekv", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = failures.INTERRUPTED
+    except failures.USAGE_ERROR as error:
+        return _fail(failures.sentence(error), failures.exit_status(error))
+    except failures.EXPECTED as error:
+        if debug or not failures.is_expected(error):
+            raise
+        return _fail(failures.sentence(error), failures.exit_status(error))
+    if status == failures.INTERRUPTED:
+        make_console(stderr=True).print("interrupted; nothing was written")
+    return status if isinstance(status, int) else failures.OK
+
+
+def _prepare(debug: bool) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows a question mark instead of ending the program.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(name)s: %(message)s")
+    if not debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _fail(message: str, status: int) -> int:
+    make_console(stderr=True).print(Text.assemble(("error: ", "bold red"), one_line(message)), soft_wrap=True)
+    return status
+
+
+def _report_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        make_console(stderr=True).print("interrupted; nothing was written")
+        return
+    _fail(f"unexpected {kind.__name__}: {error}; run it again with --debug for the traceback, and report it", 1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        make_console().print(f"sentencekv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="Hide the facts in this text.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the text; a longer FILE is cut there.")] = 16000,
+    facts: Annotated[int, typer.Option("--facts", help="How many facts to hide and ask for.")] = 8,
+    budget: _Budget = DEMO_BUDGET_TOKENS,
+    policy: _Policy = DEFAULT_POLICY,
+    policy_option: _PolicyOptions = None,
+    model: _Model = "pocket",
+    seed: Annotated[int, typer.Option("--seed", help="Another seed: other prose, other facts.")] = 0,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    debug: _Debug = False,
+) -> None:
+    """Hide facts in a long text, read it, ask for each fact, and judge the answers.
+
+    Exit status 0 if every answer is right, else 1.
+    """
+    for option, value in (("--tokens", tokens), ("--facts", facts)):
+        if value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    loaded = _load(text) if text is not None else None
+    lm = _load_model(model, device, dtype, policy, budget, policy_option)
+    from sentencekv.demo import ask_all, build_text, summarize
+
+    hay = build_text(
+        lm, tokens=tokens, num_facts=facts, seed=seed, user_text=loaded.text if loaded else None, name=model
+    )
+    console = make_console()
+    where = f"{loaded.name}" if loaded is not None else "generated prose"
+    if hay.cut_at is not None:
+        where += f", cut after {100 * hay.cut_at:.0f}% (--tokens {tokens})"
+    weights = sum(parameter.numel() for parameter in lm.model.parameters())
+    console.print(Text(f"{plural(facts, 'fact')} hidden in a text of {hay.num_tokens:,} tokens", style="bold"))
+    rows: list[tuple[str, RenderableType]] = [
+        ("text", f"{where}, {len(hay.text):,} characters"),
+        ("model", f"{model}, {weights / 1e6:,.1f} million parameters, {_device_text(lm)}"),
+        ("policy", f"{policy}, budget {budget:,} tokens"),
+        ("KV", _tiers_text(lm)),
+    ]
+    show(console, key_values(rows))
+    if hay.num_tokens <= budget:
+        console.print("the text is not longer than the budget, so all of it will be read", style="yellow")
+    console.print()
+    progress = ReadingProgress(make_console(stderr=True))
+    with progress:
+        document = lm.read(hay.text, progress=progress)
+    reading = f"{progress.report()}, {plural(document.num_sentences, 'sentence')}"
+    console.print(f"read {reading}\n")
+    verdicts = []
+    for number, verdict in enumerate(ask_all(document, hay), start=1):
+        verdicts.append(verdict)
+        show(console, verdict_block(number, facts, verdict, len(hay.text), lm.config))
+    summary = summarize(verdicts)
+    reach = format_reach(verdicts[-1].generation.stats, lm.config)
+    show(console, summary_block(summary, reading, reach, _tiers_text(lm)))
+    if summary.num_right < summary.num_facts:
+        console.print(f"{plural(facts - summary.num_right, 'answer')} wrong: exit status 1", style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def ask(
+    file: _File,
+    question: Annotated[str, typer.Argument(help="What to ask of it.")],
+    sources: Annotated[bool, typer.Option("--sources", help="Show the sentences that it was read from.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the bare answer.")] = False,
+    max_new_tokens: _MaxNewTokens = 256,
+    temperature: _Temperature = 0.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes draws at --temperature repeatable.")] = None,
+    budget: _Budget = DEFAULT_BUDGET_TOKENS,
+    policy: _Policy = DEFAULT_POLICY,
+    policy_option: _PolicyOptions = None,
+    model: _Model = "pocket",
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    debug: _Debug = False,
+) -> None:
+    """Answer one question about a text; the answer goes to standard output."""
+    if not question.strip():
+        raise ValueError("the question is empty; ask for something that the text may say")
+    loaded = _load(file)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    lm = _load_model(model, device, dtype, policy, budget, policy_option, sampling)
+    _check_positions(lm, loaded, question, max_new_tokens)
+    document = _read(lm, loaded)
+    err = make_console(stderr=True)
+    if as_json:
+        generation = document.ask(question, **sampling)  # type: ignore[arg-type]
+        write(json.dumps(_as_json(question, generation, loaded, model, lm), ensure_ascii=False, indent=2) + "\n")
+        return
+    generation = write_answer(document.stream(question, **sampling))  # type: ignore[arg-type]
+    if sources:
+        err.print()
+        show(err, sources_list(generation, loaded))
+    err.print()
+    show(err, cost_lines(generation.stats, lm.config))
+
+
+@app.command()
+def chat(
+    file: _File,
+    max_new_tokens: _MaxNewTokens = 256,
+    temperature: _Temperature = 0.0,
+    budget: _Budget = DEFAULT_BUDGET_TOKENS,
+    policy: _Policy = DEFAULT_POLICY,
+    policy_option: _PolicyOptions = None,
+    model: _Model = "pocket",
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    debug: _Debug = False,
+) -> None:
+    """Read a text once and answer question after question about it."""
+    if file == STANDARD_INPUT:
+        raise ValueError("chat takes its questions from standard input, so '-' cannot be the text; save it to a file")
+    loaded = _load(file)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    lm = _load_model(model, device, dtype, policy, budget, policy_option, sampling)
+    _check_positions(lm, loaded, "", max_new_tokens)
+    document = _read(lm, loaded)
+    err = make_console(stderr=True)
+    err.print(
+        "Ask about the text. Each question stands alone: earlier ones are not remembered.\n"
+        "/sources: what the last answer was read from   /stats: what it cost   /quit",
+        style="dim",
+    )
+    last: Generation | None = None
+    while (line := _next_line()) is not None and line != "/quit":
+        if not line:
+            continue
+        if line in ("/sources", "/stats"):
+            if last is None:
+                err.print("nothing was asked yet", style="dim")
+            elif line == "/sources":
+                show(err, sources_list(last, loaded))
+            else:
+                show(err, stats_table(last.stats, lm.config))
+        elif line.startswith("/"):
+            err.print(f"unknown command {one_line(line)}; there are /sources, /stats and /quit", style="yellow")
+        else:
+            try:
+                last = write_answer(document.stream(line, **sampling))  # type: ignore[arg-type]
+            except ValueError as error:
+                _fail(str(error), 2)
+            except KeyboardInterrupt:
+                write("\n")
+                err.print("stopped; Ctrl-C at the prompt leaves", style="dim")
+
+
+@app.command()
+def policies() -> None:
+    """List how sentences can be chosen."""
+    from sentencekv.policies import available, policy_class
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name in available():
+        cls = policy_class(name)
+        text = Text(cls.describe())
+        if name == DEFAULT_POLICY:
+            text.append(" (the default)", style="green")
+        options = [field.name for field in dataclasses.fields(cls)]
+        text.append(f"\noptions: {', '.join(options) or 'none'}", style="dim")
+        grid.add_row(name, text)
+    show(make_console(), grid)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, memory and the built-in model."""
+    import torch
+    import transformers
+
+    from sentencekv.store import available_host_bytes
+
+    rows: list[tuple[str, RenderableType]] = [
+        ("sentencekv", __version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", without CUDA")),
+        ("transformers", transformers.__version__),
+        ("triton", _version_of("triton")),
+        ("CPU", f"{plural(os.cpu_count() or 1, 'core')}, torch uses {plural(torch.get_num_threads(), 'thread')}"),
+        ("host memory", f"{format_bytes(available_host_bytes())} free for KV"),
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        rows.append((f"cuda:{index}", f"{properties.name}, {format_bytes(free)} of {format_bytes(total)} free"))
+    if not torch.cuda.is_available():
+        rows.append(("GPU", "none that torch can use; everything runs on the CPU"))
+    rows.append(("pocket model", _pocket_text()))
+    rows.append(("defaults", f"policy {DEFAULT_POLICY}, budget {DEFAULT_BUDGET_TOKENS:,} tokens"))
+    show(make_console(), key_values(rows))
+
+
+# What several commands share
+
+
+def _load(name: str) -> LoadedText:
+    err = make_console(stderr=True)
+    if name == STANDARD_INPUT and sys.stdin.isatty():
+        err.print("reading the text from the keyboard; end it with Ctrl-D", style="dim")
+    loaded = load_text(name)
+    if loaded.skipped:
+        shown = ", ".join(one_line(each) for each in loaded.skipped[:3])
+        more = f" and {len(loaded.skipped) - 3:,} more" if len(loaded.skipped) > 3 else ""
+        err.print(f"skipped {plural(len(loaded.skipped), 'file')} not readable as text: {shown}{more}", style="yellow")
+    return loaded
+
+
+def _load_model(
+    model: str,
+    device: str,
+    dtype: str,
+    policy: str,
+    budget: int,
+    policy_options: list[str] | None,
+    sampling: dict[str, Any] | None = None,
+) -> LongContextLM:
+    from sentencekv.sampling import SamplingOptions
+
+    SamplingOptions(**(sampling or {}))  # a bad value must not wait until the text was read
+    options = dict(map(_parse_option, policy_options or []))
+    from sentencekv.lm import LongContextLM
+
+    err = make_console(stderr=True)
+    with err.status(f"loading {one_line(model)}"):
+        return LongContextLM.from_pretrained(
+            model, device=device, dtype=dtype, policy=policy, policy_options=options, budget_tokens=budget
+        )
+
+
+def _parse_option(given: str) -> tuple[str, Any]:
+    name, equals, value = given.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--policy-option must be NAME=VALUE, got {given!r}; for example --policy-option group=mean")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _check_positions(lm: LongContextLM, loaded: LoadedText, question: str, max_new_tokens: int) -> None:
+    """Refuse before the text is read what the model could not answer afterwards."""
+    if lm.max_positions is None:
+        return
+    num_tokens, more = (len(lm.tokenizer(text, verbose=False)["input_ids"]) for text in (loaded.text, question))
+    needed = num_tokens + more + max_new_tokens
+    if needed > lm.max_positions:
+        raise ValueError(
+            f"{loaded.name!r} has {num_tokens:,} tokens, question and answer may take {more + max_new_tokens:,} more, "
+            f"and the model has positions for {lm.max_positions:,}; shorten the text, lower --max-new-tokens, or take "
+            "a model with more positions"
+        )
+
+
+def _read(lm: LongContextLM, loaded: LoadedText) -> Document:
+    err = make_console(stderr=True)
+    with ReadingProgress(err) as progress:
+        document = lm.read(loaded.text, progress=progress)
+    err.print(f"read {loaded.name}: {progress.report()}\n", style="dim", soft_wrap=True)
+    return document
+
+
+def _as_json(
+    question: str, generation: Generation, loaded: LoadedText, model: str, lm: LongContextLM
+) -> dict[str, Any]:
+    sources = []
+    for source in generation.sources:
+        name, line = loaded.place(source.start)
+        sources.append({**dataclasses.asdict(source), "file": name or loaded.name, "line": line})
+    return {
+        "question": question,
+        "answer": generation.text.strip(),
+        "finish_reason": generation.finish_reason,
+        "model": model,
+        "device": str(lm.model.device),
+        "sources": sources,
+        "stats": dataclasses.asdict(generation.stats),
+    }
+
+
+def _next_line() -> str | None:
+    """The next question; None when there are no more."""
+    with contextlib.suppress(ImportError):  # there is none on Windows
+        import readline  # noqa: F401  (gives input() a history and editing keys)
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            write("\n")
+        return None
+    return line
+
+
+def _device_text(lm: LongContextLM) -> str:
+    return f"{str(lm.model.dtype).removeprefix('torch.')} on {lm.model.device}"
+
+
+def _tiers_text(lm: LongContextLM) -> str:
+    """What `device` and `host` mean on this machine."""
+    if lm.model.device.type == "cuda":
+        return "GPU memory and pinned host memory"
+    return "no GPU is used: device and host are both ordinary CPU memory"
+
+
+def _version_of(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _pocket_text() -> str:
+    from sentencekv import pocket
+
+    folder = Path(pocket.path())
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if not weights or not (folder / "config.json").is_file():
+        return "not installed"
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return f"{format_bytes(weights)} of weights, {settings.get('max_position_embeddings', 0):,} positions"

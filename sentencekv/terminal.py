@@ -1,0 +1,305 @@
+"""What the command line shows: progress while reading, answers with their sources, costs and tables.
+
+Knows results and terminals; nothing of models or of how an answer comes about.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    # Only for their types: this module is part of every start of the command line, torch need not be.
+    from sentencekv.config import Config
+    from sentencekv.demo import Summary, Verdict
+    from sentencekv.files import LoadedText
+    from sentencekv.generation import Generation, Source, Stats
+    from sentencekv.lm import GenerationStream
+
+MAX_WIDTH = 100
+"""Lines longer than this are hard to read, however wide the terminal."""
+
+
+_SHOWN_SOURCES = 5
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console for standard output or error: no markup, no guessing at highlights, no control codes in a pipe."""
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if console.width > MAX_WIDTH:
+        console.width = MAX_WIDTH
+    return console
+
+
+def printable(text: str) -> str:
+    """Text without control characters other than newline and tab, so that it cannot steer a terminal."""
+    return "".join(char if char in "\n\t" or char.isprintable() or char.isspace() else "\ufffd" for char in text)
+
+
+def one_line(text: str) -> str:
+    """Text on one line, white space collapsed, control characters replaced."""
+    return " ".join(printable(text).split())
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_bytes(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{2 if unit == 'GiB' else 1}f} {unit}"
+    return f"{num_bytes} B"
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def format_pace(seconds_to_first_token: float, seconds_per_token: float | None) -> str:
+    first = f"first token {format_seconds(seconds_to_first_token)}"
+    return first if seconds_per_token is None else f"{first}, then {format_seconds(seconds_per_token)} each"
+
+
+def format_reach(stats: Stats, config: Config) -> str:
+    """How much of the context one KV head reads at one step, in words."""
+    from sentencekv.policies import policy_class  # not above, since it imports torch
+
+    reads = policy_class(stats.policy).reads
+    most = {
+        "everything": stats.context_tokens,
+        "selected": config.budget_tokens,
+        "recent": config.sink_tokens + config.window_tokens,
+    }[reads]
+    if most >= stats.context_tokens:
+        return f"all {stats.context_tokens:,} tokens per head"
+    return f"{most:,} of {stats.context_tokens:,} tokens per head"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if not task.speed else f"{task.speed:,.0f} tokens/s", style="dim")
+
+
+class ReadingProgress:
+    """Progress while a text is read: a bar on a terminal, else a line for every tenth.
+
+    Call it with tokens read and tokens in all; afterwards `num_tokens` and `seconds` say what the reading came to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._tenths = 0
+        self._started_at = 0.0
+        self.num_tokens = 0
+        self.seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._started_at = time.perf_counter()
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._bar = Progress(
+                TextColumn("reading"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.completed:,}/{task.total:,} tokens"),
+                _Rate(),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+                expand=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.num_tokens = done
+        self.seconds = time.perf_counter() - self._started_at
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task("reading", total=total)
+            self._bar.update(self._task, completed=done)
+        elif (tenths := 10 * done // total) > self._tenths:
+            self._tenths = tenths
+            self._console.print(f"reading: {10 * tenths}% ({done:,} of {total:,} tokens, {self._rate})", style="dim")
+
+    @property
+    def _rate(self) -> str:
+        return f"{self.num_tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+
+    def report(self) -> str:
+        """What the reading came to, in one phrase."""
+        return f"{self.num_tokens:,} tokens in {format_seconds(self.seconds)} ({self._rate})"
+
+
+def show(console: Console, renderable: RenderableType) -> None:
+    """Print; into a file or a pipe without the blanks that fill a table's lines."""
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    with console.capture() as captured:
+        console.print(renderable)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    console.file.flush()
+
+
+def key_values(rows: Iterable[tuple[str, RenderableType]]) -> RenderableType:
+    """Names on the left, values on the right."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, value)
+    return Padding(grid, (0, 0, 0, 2))
+
+
+def sources_table(
+    sources: Sequence[Source],
+    place: Callable[[Source], str],
+    *,
+    is_marked: Callable[[Source], bool] = lambda _source: False,
+) -> RenderableType:
+    """Sentences that were read: the share of attention each got, its place, its text; marked ones stand out."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for source in sources:
+        text = Text(one_line(source.text))
+        if is_marked(source):
+            text.stylize("bold")
+            text.append("  <- the fact", style="bold green")
+        grid.add_row(f"{100 * source.share:.1f}%", place(source), text)
+    return grid
+
+
+def write(text: str) -> None:
+    """Write to standard output at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_answer(stream: GenerationStream) -> Generation:
+    """Write an answer piece by piece as it comes; raw into a pipe, harmless on a terminal."""
+    clean: Callable[[str], str] = printable if sys.stdout.isatty() else str
+    begun = False
+    for piece in stream:
+        # Models like to begin with a blank; nobody wants to read it.
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        write(clean(piece))
+    write("\n")
+    return stream.generation
+
+
+def sources_list(generation: Generation, loaded: LoadedText) -> RenderableType:
+    """The sentences that an answer was read from, with their places in the user's files."""
+    if not generation.sources:
+        return Text("no sentence was fetched: what is always read was enough", style="dim")
+
+    def place(source: Source) -> str:
+        name, line = loaded.place(source.start)
+        if name is not None:
+            return f"{one_line(name)}:{line}"
+        return f"{100 * source.start / len(loaded.text):.0f}% in, line {line:,}"
+
+    heading = Text("read most, by share of attention:", style="dim")
+    return Group(heading, sources_table(generation.sources[:_SHOWN_SOURCES], place))
+
+
+def cost_lines(stats: Stats, config: Config) -> RenderableType:
+    """What one answer read, how fast, and what its KV takes: two dim lines."""
+    pace = format_pace(stats.seconds_to_first_token, stats.seconds_per_token)
+    kv = (
+        f"KV {format_bytes(stats.kv_gpu_bytes)} on the device + {format_bytes(stats.kv_host_bytes)} on the host; "
+        f"dense {format_bytes(stats.kv_dense_bytes)}"
+    )
+    return Text(f"{format_reach(stats, config)}; {pace}\n{kv}", style="dim")
+
+
+def stats_table(stats: Stats, config: Config) -> RenderableType:
+    """Everything that one answer cost."""
+    rate = "nothing was selected" if stats.hot_hit_rate is None else f"{100 * stats.hot_hit_rate:.1f}%"
+    return key_values(
+        [
+            ("policy", stats.policy),
+            ("read", format_reach(stats, config)),
+            ("sentences", f"{stats.sentences:,}"),
+            ("answer", plural(stats.generated_tokens, "token")),
+            ("pace", format_pace(stats.seconds_to_first_token, stats.seconds_per_token)),
+            ("KV on the device", format_bytes(stats.kv_gpu_bytes)),
+            ("KV on the host", format_bytes(stats.kv_host_bytes)),
+            ("dense KV", f"{format_bytes(stats.kv_dense_bytes)}, all on the device"),
+            ("hot set", f"{rate} of the selected sentences were there already"),
+            ("fetched", f"{stats.tokens_fetched:,} tokens from the host, over all layers and KV heads"),
+        ]
+    )
+
+
+def verdict_block(number: int, total: int, verdict: Verdict, text_chars: int, config: Config) -> RenderableType:
+    """One of the demonstration's answers: question, answer, judgement, sentences read, cost."""
+    generation = verdict.generation
+    answer = one_line(generation.text) or "(no words)"
+    judged = ("  right", "bold green") if verdict.right else ("  WRONG", "bold red")
+    body: list[RenderableType] = [Text.assemble("answer  ", (answer, "bold"), judged)]
+    if not verdict.right:
+        body.append(Text.assemble("wanted  ", (verdict.fact.answer, "bold")))
+    if generation.sources:
+        body.append(
+            sources_table(
+                generation.sources[:3],
+                lambda source: f"{100 * source.start / text_chars:.0f}% in, at {source.start:,}",
+                is_marked=verdict.is_the_fact,
+            )
+        )
+    else:
+        body.append(Text("no sentence was fetched: what is always read was enough", style="dim"))
+    body.append(cost_lines(generation.stats, config))
+    question = Text.assemble((f"{number} of {total}  ", "dim"), (one_line(verdict.fact.question), "bold"))
+    return Group(question, Padding(Group(*body), (0, 0, 1, 2)))
+
+
+def summary_block(summary: Summary, reading: str, reach: str, tiers: str) -> RenderableType:
+    """What the demonstration came to."""
+    all_right = summary.num_right == summary.num_facts
+    hit_rate = "nothing was selected" if summary.hot_hit_rate is None else f"hit rate {100 * summary.hot_hit_rate:.0f}%"
+    kv_gpu, kv_host, kv_dense = (
+        format_bytes(each) for each in (summary.kv_gpu_bytes, summary.kv_host_bytes, summary.kv_dense_bytes)
+    )
+    share = summary.kv_gpu_bytes / summary.kv_dense_bytes
+    return Group(
+        Text(f"{summary.num_right} of {summary.num_facts} right", style="bold green" if all_right else "bold red"),
+        key_values(
+            [
+                ("reading", reading),
+                ("answers", f"{format_pace(summary.seconds_to_first_token, summary.seconds_per_token)} (medians)"),
+                ("read", reach),
+                ("KV", f"{kv_gpu} on the device + {kv_host} on the host; dense {kv_dense}, all on the device"),
+                ("", f"{share:.0%} of dense is on the device ({tiers})"),
+                ("hot set", hit_rate),
+            ]
+        ),
+    )
