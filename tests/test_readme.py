@@ -1,0 +1,27 @@
+"""The README's example runs as it is written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sentencekv.prose import generate_prose
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = generate_prose(300, seed=4) + " The number of the locker of Ada Marlowe is 4821973. " + generate_prose(300)
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, str(README), "exec"), {"__name__": "readme"})
+    shown = capsys.readouterr().out
+    assert "4821973" in shown
+    assert "bytes of KV on the GPU" in shown
+
+
+def test_length() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 200
