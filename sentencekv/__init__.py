@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sentencekv.attention import UnsupportedModelError
     from sentencekv.config import Config
+    from sentencekv.document import Document, GenerationStream
     from sentencekv.generation import Generation, LogLikelihood, Perplexity, Source, Stats
-    from sentencekv.lm import Document, GenerationStream, LongContextLM
+    from sentencekv.lm import LongContextLM
     from sentencekv.sampling import SamplingOptions
 
 __version__ = "0.1.0"
@@ -34,9 +35,9 @@ __all__ = [
 
 _HOMES = {
     "Config": "config",
-    "Document": "lm",
+    "Document": "document",
     "Generation": "generation",
-    "GenerationStream": "lm",
+    "GenerationStream": "document",
     "LogLikelihood": "generation",
     "LongContextLM": "lm",
     "Perplexity": "generation",

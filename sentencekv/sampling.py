@@ -92,11 +92,7 @@ class Sampler:
 
         Raises FloatingPointError on NaN logits.
         """
-        if torch.isnan(logits_V).any():
-            raise FloatingPointError(
-                "the model's logits are NaN; its weights or its precision are broken: try dtype='float32', "
-                "and check the model folder"
-            )
+        refuse_nan(logits_V)
         ids = cast(torch.LongTensor, self._ids[None])
         scores = (
             self._processors(ids, cast(torch.FloatTensor, logits_V[None].clone()))[0] if self._processors else logits_V
@@ -160,6 +156,15 @@ class TextStream:
             self._pending = self._pending[len(self._pending) - held :]
         self.text += ready
         return ready
+
+
+def refuse_nan(logits: Tensor) -> None:
+    """Raise FloatingPointError if a model gave NaN logits: nothing drawn from them would mean anything."""
+    if torch.isnan(logits).any():
+        raise FloatingPointError(
+            "the model's logits are NaN; its weights or its precision are broken: try dtype='float32', "
+            "and check the model folder"
+        )
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -157,7 +157,7 @@ def test_document_equals_prompt(lm: LongContextLM, prose: str, name: str) -> Non
 
 def test_many_questions_share_one_reading(chat_lm: LongContextLM, prose: str) -> None:
     document = chat_lm.read(prose[:1200])
-    in_use = chat_lm._memory.in_use_bytes
+    in_use = chat_lm.host_bytes_in_use
     assert in_use == document.kv_host_bytes > 0
     first = document.stream("Who was it?", max_new_tokens=5)
     second = document.stream("Where was it?", max_new_tokens=5)
@@ -174,7 +174,7 @@ def test_many_questions_share_one_reading(chat_lm: LongContextLM, prose: str) ->
     document.close()
     document.close()
     gc.collect()
-    assert chat_lm._memory.in_use_bytes == 0
+    assert chat_lm.host_bytes_in_use == 0
     with pytest.raises(ValueError, match="closed; read it again"):
         document.ask("Who?")
 
@@ -197,7 +197,7 @@ def test_progress_can_cancel(lm: LongContextLM, prose: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         lm.read(prose[:1500], progress=cancel)
     gc.collect()
-    assert lm._memory.in_use_bytes == 0
+    assert lm.host_bytes_in_use == 0
     assert lm.generate(prose[:200], max_new_tokens=2).text is not None
 
 

@@ -1,0 +1,148 @@
+"""A model under one configuration: prompts in, generations and scores out.
+
+What LongContextLM and Document have in common. Knows how to make sessions, read into them, decode and score; nothing
+of how models are loaded or of what a document is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sentencekv import policies
+from sentencekv.attention import forward, text_config
+from sentencekv.config import Config
+from sentencekv.decoding import Decoding, decode
+from sentencekv.generation import Generation, find_sources, finish
+from sentencekv.prompts import Prompt, section
+from sentencekv.reading import Progress, read
+from sentencekv.sampling import SamplingOptions, refuse_nan
+from sentencekv.session import Session
+from sentencekv.store import HostMemory
+
+_CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}
+"""Default `prefill_chunk_tokens`: large enough to fill a GPU; on a CPU small, for steady progress."""
+
+
+class Engine:
+    """One model, tokenizer, configuration and bound of host memory."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, memory: HostMemory
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.memory = memory
+        self.policy = policies.load(config.policy, config.policy_options)
+        self._stop_ids = _stop_ids(model, tokenizer)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens that the model can see, context and generation together; None if it does not say."""
+        return getattr(text_config(self.model), "max_position_embeddings", None)
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that one context token leaves in host memory, over all layers that retrieve."""
+        config = text_config(self.model)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        num_layers = sum(kind != "sliding_attention" for kind in kinds)
+        return num_layers * heads * 2 * head_dim * self.model.dtype.itemsize
+
+    def check_fits(self, prompts: Sequence[Prompt], new_tokens: int, before: int = 0) -> None:
+        """Raise ValueError or MemoryError unless prompts, each after `before` tokens, fit positions and host memory."""
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        if min(len(prompt.token_ids) for prompt in prompts) == 0:
+            raise ValueError("the prompt has no tokens; give at least one character that the tokenizer knows")
+        if self.max_positions is not None and before + longest + new_tokens > self.max_positions:
+            asked = f" and {new_tokens} more are to be generated" if new_tokens else ""
+            remedy = "shorten the text" + (" or lower max_new_tokens" if new_tokens else "")
+            raise ValueError(
+                f"the prompt has {before + longest} tokens{asked}; the model has positions for {self.max_positions}: "
+                f"{remedy}, or use a model with a longer context"
+            )
+        self.memory.check(sum(len(prompt.token_ids) for prompt in prompts) * self.kv_bytes_per_token())
+
+    def session(self) -> Session:
+        """A new, empty session."""
+        return Session(self.config, self.policy, self.memory, self.model.device)
+
+    def read(self, sessions: Sequence[Session], prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
+        """Append prompts to sessions, exactly; returns the logits `[B, vocabulary]` of their last tokens."""
+        chunk_tokens = self.config.prefill_chunk_tokens or _CHUNK_TOKENS[self.model.device.type]
+        return read(self.model, sessions, prompts, chunk_tokens=chunk_tokens, progress=progress)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        options: SamplingOptions,
+        progress: Progress | None,
+        results: list[Generation],
+    ) -> Iterator[tuple[int, str]]:
+        """Read prompts and continue them; yields `(index, text)`, and appends to `results` when all have ended."""
+        started_at = time.perf_counter()
+        self.check_fits(prompts, options.max_new_tokens)
+        sessions = [self.session() for _ in prompts]
+        logits = self.read(sessions, prompts, progress)
+        decodings = [self._decoding(s, p.token_ids, options) for s, p in zip(sessions, prompts, strict=True)]
+        yield from decode(self.model, decodings, logits)
+        for decoding, prompt in zip(decodings, prompts, strict=True):
+            sources = find_sources(decoding, prompt, 0)
+            results.append(finish(decoding, sources, context_tokens=len(prompt.token_ids), started_at=started_at))
+
+    def continue_from(
+        self,
+        base: Session,
+        context: Prompt,
+        first_char: int,
+        appended: Prompt,
+        options: SamplingOptions,
+        progress: Progress | None,
+        results: list[Generation],
+    ) -> Iterator[tuple[int, str]]:
+        """Fork a session that has read `context`, append a prompt to it and continue; as `generate` for one."""
+        started_at = time.perf_counter()
+        self.check_fits([appended], options.max_new_tokens, before=len(context.token_ids))
+        session = base.fork()
+        logits = self.read([session], [appended], progress)
+        context_ids = context.token_ids + appended.token_ids
+        decoding = self._decoding(session, context_ids, options)
+        yield from decode(self.model, [decoding], logits)
+        sources = find_sources(decoding, context, first_char)
+        results.append(finish(decoding, sources, context_tokens=len(context_ids), started_at=started_at))
+
+    def score(self, prompt: Prompt, num_scored: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities `[num_scored]` of a prompt's last tokens, and whether each is the greedy choice.
+
+        What comes before them is read exactly; they are decoded one by one, as generation would.
+        """
+        self.check_fits([prompt], new_tokens=0)
+        session = self.session()
+        first = len(prompt.token_ids) - num_scored
+        context, scored = section(prompt, 0, first, []), prompt.token_ids[first:]
+        logits = [self.read([session], [context])]
+        session.expect([end for end in prompt.ends if end > first])
+        if self.policy.reads == "everything" and len(scored) > 1:
+            logits.append(forward(self.model, [scored[:-1]], [session], exact=True, all_logits=True))
+        else:
+            logits += [forward(self.model, [[token]], [session], exact=False) for token in scored[:-1]]
+        logits_LV = torch.cat(logits)
+        refuse_nan(logits_LV)
+        target = torch.tensor(scored, device=logits_LV.device)
+        scores = logits_LV.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
+        return scores.double().cpu(), (logits_LV.argmax(dim=-1) == target).cpu()
+
+    def _decoding(self, session: Session, context_ids: Sequence[int], options: SamplingOptions) -> Decoding:
+        return Decoding(session, context_ids, self.tokenizer, options, self._stop_ids)
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
