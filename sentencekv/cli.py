@@ -48,8 +48,7 @@ from sentencekv.terminal import (
 )
 
 if TYPE_CHECKING:
-    from sentencekv.generation import Generation
-    from sentencekv.lm import Document, LongContextLM
+    from sentencekv import Document, Generation, LongContextLM
 
 DEFAULT_BUDGET_TOKENS = 1024
 """`Config.budget_tokens`, for the help texts; a test holds them together."""
@@ -96,7 +95,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         status = failures.INTERRUPTED
     except failures.USAGE_ERROR as error:
-        return _fail(failures.sentence(error), failures.exit_status(error))
+        return _fail(failures.sentence(error, given), failures.exit_status(error))
     except failures.EXPECTED as error:
         if debug or not failures.is_expected(error):
             raise
@@ -121,7 +120,8 @@ def _prepare(debug: bool) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    make_console(stderr=True).print(Text.assemble(("error: ", "bold red"), one_line(message)), soft_wrap=True)
+    if message:
+        make_console(stderr=True).print(Text.assemble(("error: ", "bold red"), one_line(message)), soft_wrap=True)
     return status
 
 
@@ -367,8 +367,12 @@ def _load_model(
     policy_options: list[str] | None,
     sampling: dict[str, Any] | None = None,
 ) -> LongContextLM:
+    from transformers.utils import logging as transformers_logging
+
     from sentencekv.sampling import SamplingOptions
 
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        transformers_logging.disable_progress_bar()
     SamplingOptions(**(sampling or {}))  # a bad value must not wait until the text was read
     options = dict(map(_parse_option, policy_options or []))
     from sentencekv.lm import LongContextLM
@@ -450,8 +454,8 @@ def _device_text(lm: LongContextLM) -> str:
 def _tiers_text(lm: LongContextLM) -> str:
     """What `device` and `host` mean on this machine."""
     if lm.model.device.type == "cuda":
-        return "GPU memory and pinned host memory"
-    return "no GPU is used: device and host are both ordinary CPU memory"
+        return "the device is the GPU, the host is pinned memory"
+    return "no GPU here: device and host are both CPU memory"
 
 
 def _version_of(package: str) -> str:

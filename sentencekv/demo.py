@@ -12,8 +12,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from sentencekv.generation import Generation, Source
-from sentencekv.lm import Document, LongContextLM
+from sentencekv import Document, Generation, LongContextLM, Source
 from sentencekv.needles import KINDS, Fact, hide, is_right, make_facts, sentence_ends
 from sentencekv.prose import generate_prose
 

@@ -93,7 +93,7 @@ def _load_directory(name: str, root: Path) -> LoadedText:
         pieces.append(piece)
         length += len(piece)
     if not parts:
-        left_out = f" ({len(skipped)} files in it are not UTF-8 text)" if skipped else ""
+        left_out = f" ({len(skipped)} of its files are not UTF-8 text)" if skipped else ""
         raise TextError(f"the directory {name!r} holds no text{left_out}; name one with .txt or .md files")
     return LoadedText(name, "".join(pieces), tuple(parts), tuple(skipped))
 

@@ -20,11 +20,9 @@ from typing_extensions import Self
 
 if TYPE_CHECKING:
     # Only for their types: this module is part of every start of the command line, torch need not be.
-    from sentencekv.config import Config
+    from sentencekv import Config, Generation, GenerationStream, Source, Stats
     from sentencekv.demo import Summary, Verdict
     from sentencekv.files import LoadedText
-    from sentencekv.generation import Generation, Source, Stats
-    from sentencekv.lm import GenerationStream
 
 MAX_WIDTH = 100
 """Lines longer than this are hard to read, however wide the terminal."""
@@ -264,9 +262,13 @@ def verdict_block(number: int, total: int, verdict: Verdict, text_chars: int, co
     generation = verdict.generation
     answer = one_line(generation.text) or "(no words)"
     judged = ("  right", "bold green") if verdict.right else ("  WRONG", "bold red")
-    body: list[RenderableType] = [Text.assemble("answer  ", (answer, "bold"), judged)]
+    said = Table.grid(padding=(0, 2))
+    said.add_column(no_wrap=True)
+    said.add_column(overflow="fold")
+    said.add_row("answer", Text.assemble((answer, "bold"), judged))
     if not verdict.right:
-        body.append(Text.assemble("wanted  ", (verdict.fact.answer, "bold")))
+        said.add_row("wanted", Text(verdict.fact.answer, style="bold"))
+    body: list[RenderableType] = [said]
     if generation.sources:
         body.append(
             sources_table(
@@ -297,8 +299,8 @@ def summary_block(summary: Summary, reading: str, reach: str, tiers: str) -> Ren
                 ("reading", reading),
                 ("answers", f"{format_pace(summary.seconds_to_first_token, summary.seconds_per_token)} (medians)"),
                 ("read", reach),
-                ("KV", f"{kv_gpu} on the device + {kv_host} on the host; dense {kv_dense}, all on the device"),
-                ("", f"{share:.0%} of dense is on the device ({tiers})"),
+                ("KV", f"{kv_gpu} on the device, {kv_host} on the host; dense {kv_dense}"),
+                ("", f"on the device {share:.0%} of dense; {tiers}"),
                 ("hot set", hit_rate),
             ]
         ),

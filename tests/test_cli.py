@@ -1,0 +1,358 @@
+"""Every command and every bad input, as a user meets them: output, one sentence for an error, exit status."""
+
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sentencekv import Config, __version__, cli, pocket, policies
+from sentencekv.prose import generate_prose
+from tests.conftest import make_model
+
+ROOT = Path(__file__).parent.parent
+CONTROL_CODE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; returns exit status, standard output and standard error."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = cli.main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fails(run: Run) -> Callable[..., str]:
+    """Run a command that must fail with one sentence and nothing on standard output; returns the sentence."""
+
+    def fails(status: int, *args: object) -> str:
+        got, out, err = run(*args)
+        assert got == status, err
+        assert out == ""
+        assert "Traceback" not in err
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert err.rstrip().endswith(line)
+        return line
+
+    return fails
+
+
+def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, architecture: str = "llama", **changes: object) -> str:
+    make_model(architecture, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(generate_prose(300, seed=4), encoding="utf-8")
+    return path
+
+
+class TestAsk:
+    def test_answer_alone_on_standard_output(self, run: Run, model: str, text: Path) -> None:
+        status, out, err = run("ask", text, "Who came?", "--model", model, "--max-new-tokens", 8, "--budget", 128)
+        assert status == 0
+        assert out.endswith("\n")
+        assert len(out.strip().splitlines()) >= 1
+        assert "tokens per head; first token" in err
+        assert "reading: 100%" in err
+        assert "read most" not in err
+        assert not CONTROL_CODE.search(err)
+        again = run("ask", text, "Who came?", "--model", model, "--max-new-tokens", 8, "--budget", 128)
+        assert again[1] == out
+
+    def test_sources(self, run: Run, model: str, text: Path) -> None:
+        status, _, err = run("ask", text, "Who?", "--model", model, "--max-new-tokens", 4, "--budget", 128, "--sources")
+        assert status == 0
+        found = re.findall(r"^ *\d+\.\d%  \d+% in, line \d+ ", err, re.MULTILINE)
+        assert len(found) == 5
+        assert max(map(len, err.splitlines())) <= 100
+        assert all(line == line.rstrip() for line in err.splitlines())
+
+    def test_json(self, run: Run, model: str, text: Path) -> None:
+        status, out, _ = run("ask", text, "Who?", "--model", model, "--max-new-tokens", 4, "--budget", 128, "--json")
+        assert status == 0
+        result = json.loads(out)
+        assert result["question"] == "Who?"
+        assert result["stats"]["generated_tokens"] == 4
+        first = result["sources"][0]
+        content = text.read_text(encoding="utf-8")
+        assert content[first["start"] : first["end"]].strip() == first["text"]
+        assert content.splitlines()[first["line"] - 1].startswith(first["text"][:5]) or first["line"] > 0
+
+    def test_policy_and_options(self, run: Run, model: str, text: Path) -> None:
+        for name in policies.available():
+            status, out, err = run(
+                "ask", text, "Who?", "--model", model, "--max-new-tokens", 2, "--policy", name, "--budget", 128
+            )
+            assert status == 0, err
+            assert out.strip() or out == "\n"
+        chosen = ("--policy", "mean", "--policy-option", "group=mean", "--temperature", 0.7, "--seed", 3)
+        assert run("ask", text, "Who?", "--model", model, "--max-new-tokens", 2, *chosen)[0] == 0
+
+    def test_standard_input(self, run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A short story. It ends.")))
+        status, _, err = run("ask", "-", "What?", "--model", model, "--max-new-tokens", 2)
+        assert status == 0
+        assert "read standard input" in err
+
+    def test_directory(self, run: Run, model: str, text: Path, tmp_path: Path) -> None:
+        shutil.copy(text, tmp_path / "one.txt")
+        (tmp_path / "two.bin").write_bytes(b"\0\1")
+        status, _, err = run(
+            "ask", tmp_path, "Who?", "--model", model, "--max-new-tokens", 4, "--budget", 128, "--sources"
+        )
+        assert status == 0
+        assert err.count("skipped 1 file not readable as text: two.bin") == 1
+
+
+class TestChat:
+    def test_conversation(self, run: Run, model: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines = "/stats\nWho came?\n\n/sources\n/stats\n/nonsense\n" + "word " * 5000 + "\n/quit\nnever asked\n"
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        status, out, err = run("chat", text, "--model", model, "--max-new-tokens", 4, "--budget", 128)
+        assert status == 0
+        assert out.count("\n") >= 1
+        for expected in (
+            "nothing was asked yet",
+            "read most, by share of attention",
+            "tokens from the host",
+            "unknown command /nonsense",
+            "error: the prompt has",
+        ):
+            assert expected in err
+        assert "never asked" not in out + err
+
+    def test_end_of_input(self, run: Run, model: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        assert run("chat", text, "--model", model)[:2] == (0, "")
+
+    def test_interrupt_at_the_prompt_leaves(
+        self, run: Run, model: str, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(_prompt: str = "") -> str:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("builtins.input", interrupt)
+        assert run("chat", text, "--model", model)[0] == 0
+
+    def test_not_from_standard_input(self, fails: Callable[..., str]) -> None:
+        assert "save it to a file" in fails(2, "chat", "-")
+
+
+class TestDemo:
+    def test_wrong_answers(self, run: Run, model: str) -> None:
+        status, out, err = run("demo", "--model", model, "--tokens", 1200, "--facts", 2, "--budget", 256)
+        assert status == 1
+        for expected in (
+            "2 facts hidden in a text of 1,",
+            "no GPU here: device and host are both CPU memory" if not torch.cuda.is_available() else "pinned memory",
+            "1 of 2  ",
+            "WRONG",
+            "wanted  ",
+            "256 of 1,",
+            "0 of 2 right",
+            "hit rate",
+            "2 answers wrong: exit status 1",
+        ):
+            assert expected in out
+        assert re.search(r"^ +\d+\.\d%  \d+% in, at [\d,]+ ", out, re.MULTILINE)
+        assert re.search(r"reading: 100% \(1,\d+ of 1,\d+ tokens, [\d,]+ tokens/s\)", err)
+        assert not CONTROL_CODE.search(out + err)
+        assert max(map(len, out.splitlines())) <= 100
+
+    def test_all_right(self, run: Run, model: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sentencekv.demo.is_right", lambda _answer, _fact: True)
+        status, out, _ = run("demo", "--model", model, "--text", text, "--tokens", 300, "--facts", 1)
+        assert status == 0
+        assert "1 of 1 right" in out
+        assert re.search(r"cut after \d+% \(--tokens 300\)", " ".join(out.split()))
+        assert "not longer than the budget" in out
+
+    @pytest.mark.skipif(not (pocket.path() / "model.safetensors").is_file(), reason="no pocket model here")
+    def test_pocket_model(self, run: Run) -> None:
+        status, out, _ = run("demo", "--tokens", 2500, "--facts", 4, "--budget", 256)
+        assert "4 of 4 right" in out
+        assert status == 0
+
+
+class TestPlain:
+    def test_help_and_version_come_at_once(self) -> None:
+        code = (
+            "import sys; from sentencekv.cli import main; status = main(sys.argv[1:]); "
+            "assert not {'torch', 'transformers', 'nltk', 'numpy'} & set(sys.modules); sys.exit(status)"
+        )
+        for args, expected in ((["--help"], "policies"), (["ask", "--help"], "--budget"), (["--version"], __version__)):
+            done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 0, done.stderr
+            assert expected in done.stdout
+
+    def test_without_a_command(self, run: Run) -> None:
+        status, out, err = run()
+        assert status == 2
+        assert "Commands" in out + err
+        assert "error" not in err
+
+    def test_policies(self, run: Run) -> None:
+        status, out, _ = run("policies")
+        assert status == 0
+        assert [line.split()[0] for line in out.splitlines() if line[0] != " "] == list(policies.available())
+        assert out.count("(the default)") == 1
+
+    def test_info(self, run: Run) -> None:
+        status, out, _ = run("info")
+        assert status == 0
+        for expected in (__version__, torch.__version__, "host memory", "pocket model"):
+            assert expected in out
+
+    def test_help_tells_the_engine_s_defaults(self) -> None:
+        assert Config().budget_tokens == cli.DEFAULT_BUDGET_TOKENS
+        assert Config().policy == cli.DEFAULT_POLICY
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["ask", "nowhere.txt", "Who?"], "no file or directory 'nowhere.txt'; check the path"),
+            (["ask", "TEXT", " "], "the question is empty"),
+            (["ask", "TEXT", "Who?", "--budget", "64"], r"must exceed .* \(80\), got 64; raise the budget"),
+            (["ask", "TEXT", "Who?", "--budget", "few"], r"'--budget': .*got 'few'"),
+            (["ask", "TEXT", "Who?", "--policy", "best"], "unknown policy 'best'; available: box, full"),
+            (["ask", "TEXT", "Who?", "--policy-option", "size=3"], "unknown option 'size' of policy 'moments'; it has"),
+            (["ask", "TEXT", "Who?", "--policy-option", "group=min"], "group must be 'max' or 'mean', got 'min'"),
+            (["ask", "TEXT", "Who?", "--policy-option", "group"], "must be NAME=VALUE, got 'group'"),
+            (["ask", "TEXT", "Who?", "--temperature", "-1"], "temperature must be 0 .* got -1"),
+            (["ask", "TEXT", "Who?", "--max-new-tokens", "0"], "max_new_tokens must be .* at least 1, got 0"),
+            (["ask", "TEXT", "Who?", "--device", "tpu"], "device must be .* got 'tpu'"),
+            (["ask", "TEXT", "Who?", "--dtype", "int8"], "dtype must be .* got 'int8'"),
+            (["ask", "TEXT", "Who?", "--model", "./nowhere"], "no model folder at './nowhere'; give a folder"),
+            (["ask", "TEXT"], "Missing argument .*; see `sentencekv ask --help`"),
+            (["ask", "TEXT", "Who?", "--fast"], "No such option: --fast.*; see `sentencekv ask --help`"),
+            (["sing"], "No such command 'sing'"),
+            (["demo", "--facts", "0"], "--facts must be at least 1, got 0"),
+            (["demo", "--text", "nowhere.txt"], "no file or directory 'nowhere.txt'"),
+        ],
+    )
+    def test_asked_wrongly(
+        self, fails: Callable[..., str], model: str, text: Path, args: list[str], message: str
+    ) -> None:
+        given = [str(text) if arg == "TEXT" else arg for arg in args]
+        assert re.search(message, fails(2, *given))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_no_cuda(self, fails: Callable[..., str], model: str, text: Path) -> None:
+        line = fails(2, "ask", text, "Who?", "--model", model, "--device", "cuda")
+        assert "torch sees 0 CUDA devices" in line
+
+    @pytest.mark.parametrize("content", [b"", b" \n", b"\0\1", b"caf\xe9"])
+    def test_not_a_text(self, fails: Callable[..., str], model: str, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "a.txt"
+        path.write_bytes(content)
+        assert "convert" in (line := fails(2, "ask", path, "Who?", "--model", model)) or "give a text" in line
+
+    def test_longer_than_the_positions(self, fails: Callable[..., str], model: str, tmp_path: Path) -> None:
+        path = tmp_path / "long.txt"
+        path.write_text(generate_prose(3000, seed=1))
+        line = fails(2, "ask", path, "Who?", "--model", model)
+        assert re.search(r"has \d,\d+ tokens, .* positions for 4,096; shorten the text", line)
+        line = fails(2, "demo", "--tokens", 5000, "--model", model)
+        assert "positions for 4,096 tokens; use --tokens 3904" in line
+
+    def test_model_without_rope(
+        self, fails: Callable[..., str], tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+    ) -> None:
+        folder = save_model(tmp_path, tokenizer, "gpt2", n_embd=48, n_head=4, n_layer=2)
+        assert "rotary" in fails(2, "ask", text, "Who?", "--model", folder)
+
+    @pytest.mark.parametrize("broken", ["model.safetensors", "config.json", "tokenizer.json"])
+    @pytest.mark.parametrize("how", ["truncated", "missing"])
+    def test_corrupt_model_folder(
+        self, fails: Callable[..., str], model: str, text: Path, tmp_path: Path, broken: str, how: str
+    ) -> None:
+        folder = tmp_path / "model"
+        shutil.copytree(model, folder)
+        if how == "missing":
+            (folder / broken).unlink()
+        else:
+            content = (folder / broken).read_bytes()
+            (folder / broken).write_bytes(content[: len(content) // 2])
+        line = fails(1, "ask", text, "Who?", "--model", folder)
+        assert re.search(r"cannot load a model from '.*': .*; it must be a folder with config.json", line)
+
+    def test_host_memory_too_small(
+        self, fails: Callable[..., str], model: str, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sentencekv.store.available_host_bytes", lambda: 2**16)
+        line = fails(1, "ask", text, "Who?", "--model", model, "--max-new-tokens", 4)
+        assert re.search(r"needs \d.* of host memory and .* is free", line)
+
+    def test_nan_weights(
+        self, fails: Callable[..., str], tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+    ) -> None:
+        broken = make_model("llama")
+        with torch.no_grad():
+            broken.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+        broken.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        assert "NaN" in fails(1, "ask", text, "Who?", "--model", tmp_path)
+
+    def test_a_bug_is_not_hidden(self, run: Run, model: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_args: object, **_keywords: object) -> None:
+            raise RuntimeError("shapes do not match")
+
+        monkeypatch.setattr("sentencekv.lm.LongContextLM.read", broken)
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            run("ask", text, "Who?", "--model", model)
+
+    def test_debug_shows_the_traceback(self, run: Run) -> None:
+        with pytest.raises(FileNotFoundError):
+            run("ask", "nowhere.txt", "Who?", "--debug")
+
+
+def test_interrupt_while_reading(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = save_model(tmp_path / "model", tokenizer, max_position_embeddings=10**6)
+    path = tmp_path / "long.txt"
+    path.write_text(generate_prose(60_000, seed=1))
+    with subprocess.Popen(
+        [sys.executable, "-m", "sentencekv", "ask", str(path), "Who?", "--model", folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("reading: 10%")
+        process.send_signal(signal.SIGINT)
+        started_at = time.monotonic()
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - started_at < 30
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == "interrupted; nothing was written"
+    assert "Traceback" not in err
