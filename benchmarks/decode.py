@@ -127,21 +127,18 @@ def measure(
     }
 
 
-def run_dense(context: Context, num_warmup: int, num_timed: int, profile: bool) -> dict[str, Any]:
+def run_dense(context: Context, num_warmup: int, num_timed: int) -> dict[str, Any]:
     """transformers' own decoding."""
     cache = context.cache()
     step = dense_step(context.model, cache)
     row: dict[str, Any] = {"variant": "transformers", "policy": None, "budget_tokens": None}
     row |= measure(step, context, num_warmup, num_timed)
     kv_bytes = cache.get_seq_length() * context.token_bytes
-    row |= {"kv_gpu_bytes": kv_bytes, "kv_host_bytes": 0, "kv_dense_bytes": kv_bytes, "read_bytes": kv_bytes}
-    if profile:
-        row["profile"] = profile_step(lambda: step(0), context.model.device)
-    return row
+    return row | {"kv_gpu_bytes": kv_bytes, "kv_host_bytes": 0, "kv_dense_bytes": kv_bytes, "read_bytes": kv_bytes}
 
 
 def run_session(
-    context: Context, config: Config, memory: HostMemory, num_warmup: int, num_timed: int, profile: bool
+    context: Context, config: Config, memory: HostMemory, num_warmup: int, num_timed: int
 ) -> dict[str, Any]:
     """The engine under one policy and budget."""
     session = context.session(config, memory)
@@ -166,7 +163,7 @@ def run_session(
     else:
         num_read = session.num_tokens
     steps = max(traffic.steps, 1)
-    row |= {
+    return row | {
         "sentences": session.num_sentences,
         "kv_gpu_bytes": session.device_bytes,
         "kv_host_bytes": session.host_bytes,
@@ -177,9 +174,13 @@ def run_session(
         "tokens_fetched_per_step": traffic.tokens_fetched / steps,
         "bytes_fetched_per_step": traffic.tokens_fetched / steps * 2 * context.vector_bytes,
     }
-    if profile:
-        row["profile"] = profile_step(lambda: step(0), context.model.device)
-    return row
+
+
+def profile_variant(context: Context, step: Step, num_warmup: int) -> dict[str, Any]:
+    """Where the time of one step goes, after the warm-up."""
+    *warmup, last = context.token_ids()[: num_warmup + 1]
+    time_steps(step, warmup, context.model.device)
+    return profile_step(lambda: step(last), context.model.device)
 
 
 def add_floor(row: dict[str, Any], weight_bytes: int, bandwidth: float) -> None:
@@ -251,7 +252,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of weights, KV, sentences and tokens.")] = 0,
-    profile: Annotated[bool, typer.Option(help="Profile one step of each variant after it was timed.")] = False,
+    profile: Annotated[bool, typer.Option(help="Profile one step of each variant, after all are timed.")] = False,
     source_commit: Annotated[str | None, typer.Option(help="Commit to record where git cannot tell.")] = None,
     save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md.")] = None,
 ) -> None:
@@ -270,7 +271,7 @@ def main(
 
     bandwidth = report.copy_bandwidth(where)
     _free(where)
-    num_new = warmup_tokens + max(new_tokens, full_tokens) + 1
+    num_new = warmup_tokens + max(new_tokens, full_tokens)
     _say(f"making {shape} with random weights")
     model = make_model(shape, where, precision, max_tokens=max(context, CHECK_TOKENS) + num_new, seed=seed)
     weight_bytes = streamed_weight_bytes(model)
@@ -297,13 +298,20 @@ def main(
         _say(f"  {row['variant']}: {row['tpot_ms_median']:.2f} ms per token")
 
     _say(f"timing {new_tokens} tokens after {warmup_tokens} at {context} tokens of context")
-    add(run_dense(work, warmup_tokens, new_tokens, profile))
-    for budget in budget_list:
-        config = Config(policy=policy, budget_tokens=budget)
-        add(run_session(work, config, memory, warmup_tokens, new_tokens, profile))
-    add(run_session(work, Config(policy="window"), memory, warmup_tokens, new_tokens, profile))
+    add(run_dense(work, warmup_tokens, new_tokens))
+    configs = [Config(policy=policy, budget_tokens=budget) for budget in budget_list] + [Config(policy="window")]
+    for config in configs:
+        add(run_session(work, config, memory, warmup_tokens, new_tokens))
     if full_tokens:
-        add(run_session(work, Config(policy="full"), memory, 1, full_tokens, False))
+        add(run_session(work, Config(policy="full"), memory, 1, full_tokens))
+    if profile:
+        # Last of all: once it has run, a profiler may slow down every later launch.
+        rows[0]["profile"] = profile_variant(work, dense_step(model, work.cache()), warmup_tokens)
+        for row, config in zip(rows[1:], configs, strict=False):
+            _free(where)
+            step = session_step(model, work.session(config, memory))
+            row["profile"] = profile_variant(work, step, warmup_tokens)
+            del step
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     result: dict[str, Any] = {
