@@ -454,8 +454,8 @@ def _device_text(lm: LongContextLM) -> str:
 def _tiers_text(lm: LongContextLM) -> str:
     """What `device` and `host` mean on this machine."""
     if lm.model.device.type == "cuda":
-        return "the device is the GPU, the host is pinned memory"
-    return "no GPU here: device and host are both CPU memory"
+        return "the device is a GPU, the host pinned memory"
+    return "no GPU: device and host are both CPU memory"
 
 
 def _version_of(package: str) -> str:

@@ -188,8 +188,7 @@ def sources_table(
     for source in sources:
         text = Text(one_line(source.text))
         if is_marked(source):
-            text.stylize("bold")
-            text.append("  <- the fact", style="bold green")
+            text = Text.assemble(("the fact: ", "green"), (text.plain, "bold"))
         grid.add_row(f"{100 * source.share:.1f}%", place(source), text)
     return grid
 
@@ -222,7 +221,7 @@ def sources_list(generation: Generation, loaded: LoadedText) -> RenderableType:
         name, line = loaded.place(source.start)
         if name is not None:
             return f"{one_line(name)}:{line}"
-        return f"{100 * source.start / len(loaded.text):.0f}% in, line {line:,}"
+        return f"{100 * source.start // len(loaded.text)}% in, line {line:,}"
 
     heading = Text("read most, by share of attention:", style="dim")
     return Group(heading, sources_table(generation.sources[:_SHOWN_SOURCES], place))
@@ -273,7 +272,7 @@ def verdict_block(number: int, total: int, verdict: Verdict, text_chars: int, co
         body.append(
             sources_table(
                 generation.sources[:3],
-                lambda source: f"{100 * source.start / text_chars:.0f}% in, at {source.start:,}",
+                lambda source: f"{100 * source.start // text_chars}% in, at {source.start:,}",
                 is_marked=verdict.is_the_fact,
             )
         )
@@ -300,7 +299,7 @@ def summary_block(summary: Summary, reading: str, reach: str, tiers: str) -> Ren
                 ("answers", f"{format_pace(summary.seconds_to_first_token, summary.seconds_per_token)} (medians)"),
                 ("read", reach),
                 ("KV", f"{kv_gpu} on the device, {kv_host} on the host; dense {kv_dense}"),
-                ("", f"on the device {share:.0%} of dense; {tiers}"),
+                ("", f"{share:.0%} of dense on the device ({tiers})"),
                 ("hot set", hit_rate),
             ]
         ),
