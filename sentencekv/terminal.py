@@ -224,7 +224,13 @@ def sources_list(generation: Generation, loaded: LoadedText) -> RenderableType:
         return f"{100 * source.start // len(loaded.text)}% in, line {line:,}"
 
     heading = Text("read most, by share of attention:", style="dim")
-    return Group(heading, sources_table(generation.sources[:_SHOWN_SOURCES], place))
+    fetched = sum(source.share for source in generation.sources)
+    rest = Text(
+        f"all fetched sentences {100 * fetched:.1f}%; the rest went to the text's first and last tokens, the question "
+        "and the answer, which are always read",
+        style="dim",
+    )
+    return Group(heading, sources_table(generation.sources[:_SHOWN_SOURCES], place), rest)
 
 
 def cost_lines(stats: Stats, config: Config) -> RenderableType:

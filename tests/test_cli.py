@@ -90,6 +90,7 @@ class TestAsk:
         assert status == 0
         found = re.findall(r"^ *\d+\.\d%  \d+% in, line \d+ ", err, re.MULTILINE)
         assert len(found) == 5
+        assert re.search(r"^all fetched sentences \d+\.\d%; the rest went to", err, re.MULTILINE)
         assert max(map(len, err.splitlines())) <= 100
         assert all(line == line.rstrip() for line in err.splitlines())
 
@@ -159,6 +160,18 @@ class TestChat:
 
         monkeypatch.setattr("builtins.input", interrupt)
         assert run("chat", text, "--model", model)[0] == 0
+
+    def test_interrupt_stops_the_answer_only(
+        self, run: Run, model: str, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(_stream: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "write_answer", interrupt)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n/nonsense\n"))
+        status, _, err = run("chat", text, "--model", model)
+        assert status == 0
+        assert err.index("stopped; Ctrl-C at the prompt leaves") < err.index("unknown command /nonsense")
 
     def test_not_from_standard_input(self, fails: Callable[..., str]) -> None:
         assert "save it to a file" in fails(2, "chat", "-")
