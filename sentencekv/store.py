@@ -20,6 +20,9 @@ from triton_ops import HotSetState, gather_kv, resolve_hot_set
 
 _LARGE_SLAB_TOKENS = 4096
 _SMALL_SLAB_TOKENS = 256
+_SUMMARY_ROOM = 256
+"""Sentences that a growing summary table makes room for at once: were it doubled, the first sentence that a reply
+closes would double the summaries of the whole context."""
 
 
 def available_host_bytes() -> int:
@@ -203,8 +206,8 @@ class Extent:
         used = self._num_summarized.get(layer, 0)
         needed = used + summary_SNPH.shape[0]
         if table is None or table.shape[0] < needed:
-            # The first closing of a document is most of it: take just that; later growth doubles.
-            capacity = needed if table is None else max(needed, 2 * table.shape[0])
+            # The first closing of a document is most of it: take just that.
+            capacity = needed if table is None else max(needed, used + min(used, _SUMMARY_ROOM))
             grown = summary_SNPH.new_empty((capacity, *summary_SNPH.shape[1:]))
             if table is not None:
                 grown[:used] = table[:used]
@@ -292,6 +295,8 @@ class HotSet:
 
     def fetch(self, layer: int, selected_NK: Tensor, places: Places) -> tuple[Tensor, int, int]:
         """Bring the selection onto the GPU. Returns its slots `[N, K]`, sentences missed and tokens copied."""
+        if selected_NK.shape[1] == 0:
+            return selected_NK, 0, 0
         self._grow_table(places.num_sentences)
         slot_NK, miss_NK = resolve_hot_set(selected_NK, self._state, self._step)
         self._step += 1

@@ -297,3 +297,20 @@ def test_bounded_host_memory(device: torch.device) -> None:
         run(session, Tokens.random(300, device), 300, exact=True)
     with pytest.raises(MemoryError, match="close documents"):
         memory.check(1 << 60)
+
+
+def test_a_reply_does_not_double_the_summaries(device: torch.device) -> None:
+    """What one more closed sentence adds to the device does not depend on the length of the context."""
+    num_tokens = 8000
+    session = new_session(device)
+    session.expect(sentence_ends(num_tokens + 40))
+    session.begin(num_tokens, exact=True)
+    session.append_context(0, torch.randn(HEADS, num_tokens, 2, DIM, device=device))
+    session.end()
+    before, closed = session.device_bytes, session.num_sentences
+    session.begin(40, exact=True)
+    session.append_context(0, torch.randn(HEADS, 40, 2, DIM, device=device))
+    session.end()
+    assert session.num_sentences > closed > 1000
+    assert session.device_bytes < 1.3 * before
+    assert session.num_tokens == num_tokens + 40
