@@ -156,7 +156,7 @@ def demo(
     policy: _Policy = DEFAULT_POLICY,
     policy_option: _PolicyOptions = None,
     model: _Model = "pocket",
-    seed: Annotated[int, typer.Option("--seed", help="Another seed: other prose, other facts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Another seed: other prose, other facts.")] = 1,
     device: _Device = "auto",
     dtype: _Dtype = "auto",
     debug: _Debug = False,
