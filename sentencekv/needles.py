@@ -234,7 +234,12 @@ _QUESTIONS = (
     "Do you remember the {attribute} of {subject}?",
 )
 
-_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s+[\"'“‘(\[_]*[^\W\d_a-z])")
+_TITLES = ("Mr", "Mrs", "Ms", "Messrs", "Dr", "Prof", "Rev", "St", "Capt", "Col", "Gen", "Lieut", "Sgt", "Hon", "[A-Z]")
+"""A full stop after one of these, or after an initial, stands before a name."""
+
+_SENTENCE_END = re.compile(
+    "".join(rf"(?<!\b{title})" for title in _TITLES) + r"[.!?…][\"'”’)\]]*(?=\s+[\"'“‘(\[_]*[^\W\d_a-z])"
+)
 
 
 def _fill(frame: str, attribute: str, subject: str, value: str = "") -> str:

@@ -4,7 +4,16 @@ from random import Random
 
 import pytest
 
-from sentencekv.needles import KINDS, NOT_MENTIONED, Fact, absent_questions, hide, is_right, make_facts
+from sentencekv.needles import (
+    KINDS,
+    NOT_MENTIONED,
+    Fact,
+    absent_questions,
+    hide,
+    is_right,
+    make_facts,
+    sentence_ends,
+)
 
 TEXT = 'He came home. "Where have you been?" she asked. Nobody knew!\n\nThe rain fell for 3.5 days. ' * 30
 
@@ -74,3 +83,8 @@ def test_not_mentioned_is_right_only_for_absent_facts():
     assert is_right("Not mentioned.", absent)
     assert not is_right(present.answer, absent)
     assert not is_right(f"{present.answer} is not mentioned", present)
+
+
+def test_no_sentence_ends_after_a_title_or_an_initial():
+    text = 'I met Mr. Smith and Capt. Roe. J. B. Hill lives in St. Alban. "Go!" He went'
+    assert [text[:end].split()[-1] for end in sentence_ends(text)] == ["Roe.", "Alban.", '"Go!"']
