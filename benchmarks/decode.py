@@ -155,7 +155,7 @@ def run_session(
     }
     row |= measure(step, context, num_warmup, num_timed, forget_warmup)
     traffic = session.traffic
-    summary_bytes = session.num_sentences * session.policy.num_planes * context.vector_bytes * context.num_units
+    summary_bytes = session.summary_bytes
     if selects:
         num_read = min(config.budget_tokens, session.num_tokens)
     elif session.policy.reads == "recent":

@@ -18,7 +18,7 @@ from sentencekv.sentences import Splitter
 class Config:
     """How a context is cut into sentences, kept and read back. Raises ValueError or TypeError on a bad value."""
 
-    policy: str = "moments"
+    policy: str = "codes"
     """How summaries are made and sentences chosen: a file name in `sentencekv/policies/`."""
 
     policy_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))

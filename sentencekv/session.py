@@ -253,10 +253,10 @@ class Session:
             assert self._own is not None
             closed = pending[:, :num_closing]
             self._own.write(layer, self._pass.runs, closed)
-            if self.policy.num_planes:
-                lengths = torch.tensor([0, *self._pass.closing], device=self.device)
-                summary = self.policy.summarize(closed[:, :, 0].transpose(0, 1), lengths.cumsum(0))
-                self._own.add_summaries(layer, summary.to(closed.dtype))
+            if self.policy.reads == "selected":
+                offsets = torch.tensor([0, *self._pass.closing], device=self.device).cumsum(0)
+                tables = self.policy.summarize(closed[:, :, 0].transpose(0, 1), offsets)
+                self._own.add_summaries(layer, [t.to(closed.dtype) if t.is_floating_point() else t for t in tables])
         # A clone, lest a view of a long chunk keeps all of it alive.
         self._recent[layer] = pending[:, num_closing:].clone() if num_closing or missing > 0 else pending
 
@@ -281,8 +281,12 @@ class Session:
     def device_bytes(self) -> int:
         """KV, summaries and hot set on the device (the GPU tier), shared parts included."""
         kept = sum(t.nbytes for tier in (self._sink, self._recent, self._local) for t in tier.values())
-        summaries = sum(extent.summary_bytes for extent in self._extents)
-        return kept + summaries + sum(hot.device_bytes for hot in self._hot.values())
+        return kept + self.summary_bytes + sum(hot.device_bytes for hot in self._hot.values())
+
+    @property
+    def summary_bytes(self) -> int:
+        """Summaries on the device, shared parts included."""
+        return sum(extent.summary_bytes for extent in self._extents)
 
     @property
     def host_bytes(self) -> int:

@@ -20,7 +20,7 @@ from triton_ops import HotSetState, gather_kv, resolve_hot_set
 
 _LARGE_SLAB_TOKENS = 4096
 _SMALL_SLAB_TOKENS = 256
-_SUMMARY_ROOM = 256
+_TABLE_ROOM = 256
 """Sentences that a growing summary table makes room for at once: were it doubled, the first sentence that a reply
 closes would double the summaries of the whole context."""
 
@@ -118,8 +118,7 @@ class Extent:
         self.rows: list[int] = []
         self.slabs: list[Slab] = []
         self.num_tokens = 0
-        self._summary_of_layer: dict[int, Tensor] = {}
-        self._num_summarized: dict[int, int] = {}
+        self._tables_of_layer: dict[int, list[GrowingTable]] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -134,7 +133,7 @@ class Extent:
     @property
     def summary_bytes(self) -> int:
         """Bytes of summaries on the device, growth room included."""
-        return sum(table.nbytes for table in self._summary_of_layer.values())
+        return sum(table.nbytes for tables in self._tables_of_layer.values() for table in tables)
 
     def place(self, start: int, lengths: Sequence[int], expected_tokens: int = 0) -> list[Run]:
         """Give rows to sentences that close next to each other; the runs say what to copy where.
@@ -200,24 +199,45 @@ class Extent:
         if self._copy_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
 
-    def add_summaries(self, layer: int, summary_SNPH: Tensor) -> None:
-        """Append the summaries of the sentences placed last, for one layer."""
-        table = self._summary_of_layer.get(layer)
-        used = self._num_summarized.get(layer, 0)
-        needed = used + summary_SNPH.shape[0]
-        if table is None or table.shape[0] < needed:
-            # The first closing of a document is most of it: take just that.
-            capacity = needed if table is None else max(needed, used + min(used, _SUMMARY_ROOM))
-            grown = summary_SNPH.new_empty((capacity, *summary_SNPH.shape[1:]))
-            if table is not None:
-                grown[:used] = table[:used]
-            self._summary_of_layer[layer] = table = grown
-        table[used:needed] = summary_SNPH
-        self._num_summarized[layer] = needed
+    def add_summaries(self, layer: int, tables: Sequence[Tensor]) -> None:
+        """Append to a layer's tables the summaries of the sentences placed last."""
+        kept = self._tables_of_layer.setdefault(layer, [GrowingTable() for _ in tables])
+        for table, rows in zip(kept, tables, strict=True):
+            table.append(rows)
 
-    def summaries(self, layer: int) -> Tensor:
-        """Summaries `[S, N, P, H]` of one layer; a view, valid until the next `add_summaries`."""
-        return self._summary_of_layer[layer][: self._num_summarized[layer]]
+    def summaries(self, layer: int) -> tuple[Tensor, ...]:
+        """The summary tables of one layer; views, valid until the next `add_summaries`."""
+        return tuple(table.rows for table in self._tables_of_layer[layer])
+
+
+class GrowingTable:
+    """Rows that are appended now and then, kept contiguous."""
+
+    def __init__(self) -> None:
+        self._table: Tensor | None = None
+        self._used = 0
+
+    def append(self, rows: Tensor) -> None:
+        needed = self._used + rows.shape[0]
+        if self._table is None or self._table.shape[0] < needed:
+            # The first closing of a document is most of it: take just that, and later a fixed room at a time.
+            capacity = needed if self._table is None else max(needed, self._used + min(self._used, _TABLE_ROOM))
+            grown = rows.new_empty((capacity, *rows.shape[1:]))
+            grown[: self._used] = self.rows if self._table is not None else 0
+            self._table = grown
+        self._table[self._used : needed] = rows
+        self._used = needed
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows appended so far; a view, valid until the next `append`."""
+        assert self._table is not None
+        return self._table[: self._used]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, growth room included."""
+        return 0 if self._table is None else self._table.nbytes
 
 
 class Places:

@@ -118,14 +118,14 @@ def test_full_ignores_the_budget(device: torch.device) -> None:
 class Scripted(Policy):
     """Selects what the test says, and records what it was asked."""
 
-    num_planes = 1
     script: list = dataclasses.field(default_factory=list)
 
-    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tensor:
-        return key_TNH[offsets[:-1]][:, :, None].float()
+    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+        return (key_TNH[offsets[:-1]], key_TNH)
 
-    def select(self, q_NGH, summaries, length_S, *, scale, room_tokens, max_selected) -> Tensor:
-        assert sum(table.shape[0] for table in summaries) == length_S.numel()
+    def select(self, q_NGH, parts, length_S, *, scale, room_tokens, max_selected) -> Tensor:
+        assert sum(table.shape[0] for table, _ in parts) == length_S.numel()
+        assert sum(table.shape[0] for _, table in parts) == length_S.sum()
         return self.script[0].to(q_NGH.device)
 
 

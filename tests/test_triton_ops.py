@@ -6,13 +6,17 @@ from torch import Tensor
 
 from triton_ops import (
     HotSetState,
+    encode_keys,
     gather_kv,
+    group_scores,
     resolve_hot_set,
+    score_codes,
     score_sentences,
     select_sentences,
     sparse_decode,
     summarize,
 )
+from triton_ops.score_codes import decode_keys_ref
 
 
 @pytest.fixture(autouse=True)
@@ -36,26 +40,57 @@ def test_summarize(lengths: list[int], heads: int, device: torch.device) -> None
         torch.testing.assert_close(moments.maximum[s].double(), part.amax(0))
 
 
-def test_score_is_the_softmax_over_all_tables(device: torch.device) -> None:
-    q = torch.randn(2, 3, 8, device=device)
-    table = torch.randn(11, 2, 2, 8, device=device)
+@pytest.mark.parametrize("planes", [1, 2])
+def test_score_sentences(planes: int, device: torch.device) -> None:
+    q, table = torch.randn(2, 3, 8, device=device), torch.randn(11, 2, planes, 8, device=device)
     bias = torch.randn(11, device=device)
     for spread, function in (("square", torch.square), ("abs", torch.abs)):
-        logit = torch.empty(2, 3, 11, device=device)
+        got = score_sentences(q, table, scale=0.5, spread=spread, bias_S=bias)
         for n in range(2):
             for g in range(3):
                 x = 0.5 * q[n, g]
-                logit[n, g] = table[:, n, 0] @ x + table[:, n, 1] @ function(x) + bias
-        share = logit.softmax(-1)
-        for group, expected in (("max", share.amax(1)), ("mean", share.mean(1))):
-            got = score_sentences(q, [table[:4], table[4:]], scale=0.5, spread=spread, bias_S=bias, group=group)
-            torch.testing.assert_close(got, expected)
+                second = table[:, n, 1] @ function(x) if planes == 2 else 0
+                torch.testing.assert_close(got[n, g], table[:, n, 0] @ x + second + bias)
 
 
-def test_score_with_one_plane_ignores_the_spread(device: torch.device) -> None:
-    q, table = torch.randn(2, 3, 8, device=device), torch.randn(5, 2, 1, 8, device=device)
-    square, absolute = (score_sentences(q, [table], scale=1.0, spread=s) for s in ("square", "abs"))
-    torch.testing.assert_close(square, absolute)
+def test_group_scores(device: torch.device) -> None:
+    logit = torch.randn(2, 3, 11, device=device) * 4
+    share = logit.softmax(-1)
+    torch.testing.assert_close(group_scores(logit, group="max"), share.amax(1))
+    torch.testing.assert_close(group_scores(logit, group="mean"), share.mean(1))
+    loud = logit.clone()
+    loud[:, 0] += 100
+    torch.testing.assert_close(group_scores(loud, group="max"), share.amax(1), msg="a constant shift changes nothing")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("dim", [16, 20, 9])
+def test_codes_decode_to_within_half_a_cell(bits: int, dim: int, device: torch.device) -> None:
+    lengths = [5, 1, 32, 7]
+    offsets = offsets_of(lengths, device)
+    key = torch.randn(45, 2, dim, device=device) * 3 + 50
+    moments = summarize(key, offsets)
+    box = torch.stack([moments.minimum, moments.maximum], dim=2)
+    code = encode_keys(key, box, offsets, bits=bits)
+    box_of_token = box.repeat_interleave(torch.tensor(lengths, device=device), dim=0)
+    decoded = decode_keys_ref(code, box_of_token, bits=bits)
+    half_cell = (box_of_token[:, :, 1] - box_of_token[:, :, 0]) / 2**bits / 2
+    assert ((decoded - key).abs() <= half_cell + 1e-4).all()
+
+
+def test_score_codes_is_logsumexp_over_decoded_keys(device: torch.device) -> None:
+    lengths = [5, 1, 32, 7]
+    offsets = offsets_of(lengths, device)
+    key, q = torch.randn(45, 2, 16, device=device), torch.randn(2, 3, 16, device=device)
+    moments = summarize(key, offsets)
+    box = torch.stack([moments.minimum, moments.maximum], dim=2)
+    code = encode_keys(key, box, offsets, bits=2)
+    length = torch.tensor(lengths, device=device)
+    decoded = decode_keys_ref(code, box.repeat_interleave(length, dim=0), bits=2)
+    got = score_codes(q, box, code, length, scale=0.5, bits=2)
+    for s, part in enumerate(decoded.split(lengths)):
+        expected = torch.logsumexp(0.5 * torch.einsum("ngh,tnh->ngt", q, part), dim=-1)
+        torch.testing.assert_close(got[:, :, s], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_select_takes_the_longest_prefix_that_fits(device: torch.device) -> None:

@@ -17,26 +17,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from triton_ops import score_sentences, select_sentences
-from triton_ops.score_sentences import Group, Spread
+from triton_ops import group_scores, select_sentences
+from triton_ops.score_sentences import Group
+
+Tables = tuple[Tensor, ...]
+"""A policy's summaries of some sentences: tables whose rows are sentences, or tokens, in order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """What every policy promises: a summary for each closed sentence, and a choice of sentences for each query.
 
-    The base class scores with `score_sentences` over summaries of `num_planes` vectors per sentence and KV head; a
-    policy of that form gives `summarize` (and `bias` if it has one), any other overrides `select`.
+    A policy gives `summarize` and `logits`; one that chooses in another way overrides `select`.
     """
 
     reads: ClassVar[Literal["selected", "recent", "everything"]] = "selected"
-    """`recent`: sink, window and tail only. `everything`: exact attention over all tiers. Neither needs summaries."""
-
-    num_planes: ClassVar[int] = 1
-    """Vectors of the head dimension that one sentence's summary takes, per layer and KV head."""
-
-    spread: ClassVar[Spread] = "square"
-    """Element-wise function of the query that meets the second plane."""
+    """`recent`: sink, window and tail only. `everything`: exact attention over all tiers. Neither keeps summaries."""
 
     group: Group = "max"
     """How the query heads that share a KV head agree on one choice: `max` or `mean` of their shares."""
@@ -45,28 +41,42 @@ class Policy:
         if self.group not in ("max", "mean"):
             raise ValueError(f"policy option group must be 'max' or 'mean', got {self.group!r}")
 
-    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tensor:
-        """Summaries `[S, N, num_planes, H]` float32 of post-RoPE keys `[T, N, H]`; `offsets` is CSR, `[S + 1]`."""
+    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
+        """Summaries of sentences from their post-RoPE keys `[T, N, H]`; `offsets` is CSR, `[S + 1]`.
+
+        Floating-point tables are kept in the keys' dtype, others as they are.
+        """
         raise NotImplementedError
 
-    def bias(self, length_S: Tensor) -> Tensor | None:
-        """What a sentence's length adds to its logits, `[S]` float32; None: nothing."""
-        return None
+    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float) -> Tensor:
+        """How much each query head wants each sentence of some tables, `[N, G, S]` float32, as a log of mass."""
+        raise NotImplementedError
 
     def select(
         self,
         q_NGH: Tensor,
-        summaries: Sequence[Tensor],
+        parts: Sequence[Tables],
         length_S: Tensor,
         *,
         scale: float,
         room_tokens: int,
         max_selected: int,
     ) -> Tensor:
-        """Ids of the chosen sentences, int64 `[N, K]`, best first, padded with -1; at most `room_tokens` per head."""
-        score_NS = score_sentences(
-            q_NGH, summaries, scale=scale, spread=self.spread, bias_S=self.bias(length_S), group=self.group
-        )
+        """Ids of the chosen sentences, int64 `[N, K]`, best first, padded with -1; at most `room_tokens` per head.
+
+        Args:
+            q_NGH: post-RoPE queries.
+            parts: the session's tables, one tuple for each extent; the first table has a row for each sentence.
+            length_S: int64, tokens of each sentence, over all parts.
+            scale: of the attention logits.
+        """
+        logits = []
+        first = 0
+        for tables in parts:
+            stop = first + tables[0].shape[0]
+            logits.append(self.logits(q_NGH, tables, length_S[first:stop], scale=scale))
+            first = stop
+        score_NS = group_scores(torch.cat(logits, dim=-1), group=self.group)
         return select_sentences(score_NS, length_S, room_tokens=room_tokens, max_selected=max_selected)
 
     @classmethod
@@ -102,8 +112,3 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r} of policy {name!r}; it has: {', '.join(known) or 'none'}")
     return cls(**(options or {}))
-
-
-def log_lengths(length_S: Tensor) -> Tensor:
-    """log n of each sentence: n equal keys hold n times the attention mass of one."""
-    return torch.log(length_S.to(torch.float32))

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from sentencekv.policies import Policy
-from triton_ops import summarize
+from sentencekv.policies import Policy, Tables
+from triton_ops import score_sentences, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,10 +16,10 @@ class Box(Policy):
     sum(max(q min, q max)) = q . centre + |q| . half range, so the box is kept as centre and half range.
     """
 
-    num_planes = 2
-    spread = "abs"
-
-    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tensor:
+    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         moments = summarize(key_TNH, offsets)
         centre = 0.5 * (moments.maximum + moments.minimum)
-        return torch.stack([centre, moments.maximum - centre], dim=2)
+        return (torch.stack([centre, moments.maximum - centre], dim=2),)
+
+    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float) -> Tensor:
+        return score_sentences(q_NGH, tables[0], scale=scale, spread="abs", bias_S=None)

@@ -10,4 +10,3 @@ class Full(Policy):
     """Reads all context tokens at every step, streamed from the host: the reference for quality."""
 
     reads = "everything"
-    num_planes = 0

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from sentencekv.policies import Policy, log_lengths
-from triton_ops import summarize
+from sentencekv.policies import Policy, Tables
+from triton_ops import score_sentences, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,12 +17,10 @@ class Moments(Policy):
     scale 1/sqrt(H) folded into q; a sentence of n tokens has n times that mass.
     """
 
-    num_planes = 2
-    spread = "square"
-
-    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tensor:
+    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         moments = summarize(key_TNH, offsets)
-        return torch.stack([moments.mean, 0.5 * moments.variance], dim=2)
+        return (torch.stack([moments.mean, 0.5 * moments.variance], dim=2),)
 
-    def bias(self, length_S: Tensor) -> Tensor:
-        return log_lengths(length_S)
+    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float) -> Tensor:
+        bias_S = torch.log(length_S.to(torch.float32))
+        return score_sentences(q_NGH, tables[0], scale=scale, spread="square", bias_S=bias_S)

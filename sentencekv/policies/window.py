@@ -10,4 +10,3 @@ class Window(Policy):
     """Reads sink, window and tail only (StreamingLLM: Xiao et al., 2023, arXiv:2309.17453)."""
 
     reads = "recent"
-    num_planes = 0
