@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET_TOKENS = 1024
 """`Config.budget_tokens`, for the help texts; a test holds them together."""
 
-DEFAULT_POLICY = "moments"
+DEFAULT_POLICY = "codes"
 """`Config.policy`, likewise."""
 
 DEMO_BUDGET_TOKENS = 512
@@ -185,7 +185,7 @@ def demo(
         ("text", f"{where}, {len(hay.text):,} characters"),
         ("model", f"{model}, {weights / 1e6:,.1f} million parameters, {_device_text(lm)}"),
         ("policy", f"{policy}, budget {budget:,} tokens"),
-        ("KV", _tiers_text(lm)),
+        ("KV", f"on the device and on the host ({_tiers_text(lm)})"),
     ]
     show(console, key_values(rows))
     if hay.num_tokens <= budget:
@@ -454,8 +454,8 @@ def _device_text(lm: LongContextLM) -> str:
 def _tiers_text(lm: LongContextLM) -> str:
     """What `device` and `host` mean on this machine."""
     if lm.model.device.type == "cuda":
-        return "the device is a GPU, the host pinned memory"
-    return "no GPU: device and host are both CPU memory"
+        return "a GPU and pinned memory"
+    return "no GPU: both are CPU memory"
 
 
 def _version_of(package: str) -> str:

@@ -183,7 +183,7 @@ class TestDemo:
         assert status == 1
         for expected in (
             "2 facts hidden in a text of 1,",
-            "no GPU: device and host are both CPU memory" if not torch.cuda.is_available() else "pinned memory",
+            "no GPU: both are CPU memory" if not torch.cuda.is_available() else "pinned memory",
             "1 of 2  ",
             "WRONG",
             "wanted  ",
@@ -255,8 +255,8 @@ class TestBadInput:
             (["ask", "TEXT", " "], "the question is empty"),
             (["ask", "TEXT", "Who?", "--budget", "64"], r"must exceed .* \(80\), got 64; raise the budget"),
             (["ask", "TEXT", "Who?", "--budget", "few"], r"'--budget': .*got 'few'"),
-            (["ask", "TEXT", "Who?", "--policy", "best"], "unknown policy 'best'; available: box, full"),
-            (["ask", "TEXT", "Who?", "--policy-option", "size=3"], "unknown option 'size' of policy 'moments'; it has"),
+            (["ask", "TEXT", "Who?", "--policy", "best"], "unknown policy 'best'; available: box, "),
+            (["ask", "TEXT", "Who?", "--policy-option", "size=3"], r"unknown option 'size' of policy '\w+'; it has"),
             (["ask", "TEXT", "Who?", "--policy-option", "group=min"], "group must be 'max' or 'mean', got 'min'"),
             (["ask", "TEXT", "Who?", "--policy-option", "group"], "must be NAME=VALUE, got 'group'"),
             (["ask", "TEXT", "Who?", "--temperature", "-1"], "temperature must be 0 .* got -1"),
