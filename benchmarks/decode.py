@@ -10,6 +10,7 @@ budget that covers a short context must equal dense decoding, and decoding witho
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import report
@@ -28,7 +30,7 @@ from benchmarks.profile import profile_step
 from benchmarks.workload import SHAPES, Context, make_model, streamed_weight_bytes
 from sentencekv.attention import forward
 from sentencekv.config import Config
-from sentencekv.policies import available
+from sentencekv.policies import available, load
 from sentencekv.session import Session, Traffic
 from sentencekv.store import HostMemory
 
@@ -47,25 +49,31 @@ def session_step(model: PreTrainedModel, session: Session) -> Step:
     return lambda token: forward(model, [[token]], [session], exact=False)
 
 
-def dense_step(model: PreTrainedModel, cache: DynamicCache) -> Step:
-    """One token through transformers: eager modules, DynamicCache, SDPA."""
+def dense_step(model: PreTrainedModel, cache: DynamicCache, *, cudnn: bool = True) -> Step:
+    """One token through transformers: eager modules, DynamicCache, SDPA.
+
+    `cudnn=False` keeps SDPA from cuDNN, which recent torch prefers on Hopper and which plans anew for every length.
+    """
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
     @torch.inference_mode()
     def step(token: int) -> Tensor:
         position = torch.tensor([[cache.get_seq_length()]], device=model.device)
         ids = torch.tensor([[token]], device=model.device)
-        return model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits[0].float()
+        with contextlib.nullcontext() if cudnn else sdpa_kernel(backends):
+            output = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
+        return output.logits[0].float()
 
     return step
 
 
-def check(model: PreTrainedModel, memory: HostMemory, context_tokens: int, seed: int) -> dict[str, Any]:
+def check(model: PreTrainedModel, memory: HostMemory, policy: str, context_tokens: int, seed: int) -> dict[str, Any]:
     """Relative error of covering sparse decoding against dense, and that of reading no context, as a control.
 
     The same dense decoding with `eager` in place of `sdpa` attention says how much rounding alone does.
     """
     context = Context(model, context_tokens, CHECK_STEPS, seed)
-    covering = Config(policy="moments", budget_tokens=context_tokens + CHECK_STEPS)
+    covering = Config(policy=policy, budget_tokens=context_tokens + CHECK_STEPS)
     steps = {
         "dense": dense_step(model, context.cache()),
         "sparse": session_step(model, context.session(covering, memory)),
@@ -127,11 +135,12 @@ def measure(
     }
 
 
-def run_dense(context: Context, num_warmup: int, num_timed: int) -> dict[str, Any]:
+def run_dense(context: Context, num_warmup: int, num_timed: int, *, cudnn: bool = True) -> dict[str, Any]:
     """transformers' own decoding."""
     cache = context.cache()
-    step = dense_step(context.model, cache)
-    row: dict[str, Any] = {"variant": "transformers", "policy": None, "budget_tokens": None}
+    step = dense_step(context.model, cache, cudnn=cudnn)
+    name = "transformers" if cudnn else "transformers, no cuDNN"
+    row: dict[str, Any] = {"variant": name, "policy": None, "budget_tokens": None}
     row |= measure(step, context, num_warmup, num_timed)
     kv_bytes = cache.get_seq_length() * context.token_bytes
     return row | {"kv_gpu_bytes": kv_bytes, "kv_host_bytes": 0, "kv_dense_bytes": kv_bytes, "read_bytes": kv_bytes}
@@ -245,7 +254,7 @@ def main(
     shape: Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")] = "llama-8b",
     context: Annotated[int, typer.Option(min=256, help="Tokens of context.")] = 32768,
     budgets: Annotated[str, typer.Option(help="Budgets in tokens, separated by commas.")] = "512,2048,8192",
-    policy: Annotated[str, typer.Option(help="Policy that the budgets are run with.")] = "moments",
+    policy: Annotated[str, typer.Option(help="Policy that the budgets are run with.")] = Config().policy,
     new_tokens: Annotated[int, typer.Option(min=1, help="Timed tokens per variant.")] = 32,
     warmup_tokens: Annotated[int, typer.Option(min=1, help="Tokens before timing starts.")] = 8,
     full_tokens: Annotated[int, typer.Option(min=0, help="Timed tokens of the full policy; 0 leaves it out.")] = 4,
@@ -259,8 +268,9 @@ def main(
     """Time decoding with random weights over a random context, sparse and dense; the last line is JSON."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    if policy not in available():
-        raise typer.BadParameter(f"unknown policy {policy!r}; known: {', '.join(available())}")
+    selecting = [name for name in available() if load(name).reads == "selected"]
+    if policy not in selecting:
+        raise typer.BadParameter(f"policy must be one that selects: {', '.join(selecting)}; got {policy!r}")
     budget_list = _budgets(budgets)
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -278,7 +288,7 @@ def main(
     memory = HostMemory(None, pinned=where.type == "cuda")
 
     _say("checking sparse against dense decoding")
-    checked = check(model, memory, min(context, CHECK_TOKENS), seed)
+    checked = check(model, memory, policy, min(context, CHECK_TOKENS), seed)
     _free(where)
     if not checked["passed"]:
         _say(
@@ -299,6 +309,8 @@ def main(
 
     _say(f"timing {new_tokens} tokens after {warmup_tokens} at {context} tokens of context")
     add(run_dense(work, warmup_tokens, new_tokens))
+    if where.type == "cuda":
+        add(run_dense(work, warmup_tokens, new_tokens, cudnn=False))
     configs = [Config(policy=policy, budget_tokens=budget) for budget in budget_list] + [Config(policy="window")]
     for config in configs:
         add(run_session(work, config, memory, warmup_tokens, new_tokens))
@@ -307,7 +319,8 @@ def main(
     if profile:
         # Last of all: once it has run, a profiler may slow down every later launch.
         rows[0]["profile"] = profile_variant(work, dense_step(model, work.cache()), warmup_tokens)
-        for row, config in zip(rows[1:], configs, strict=False):
+        sparse = [row for row in rows if row["policy"] is not None]
+        for row, config in zip(sparse, configs, strict=False):
             _free(where)
             step = session_step(model, work.session(config, memory))
             row["profile"] = profile_variant(work, step, warmup_tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,17 +15,17 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.report import synchronize
+from sentencekv import policies, session, store
 
 _SYNCHRONIZING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
-_STAGES = {
-    "score_sentences": "sentencekv.policies",
-    "select_sentences": "sentencekv.policies",
-    "resolve_hot_set": "sentencekv.store",
-    "gather_kv": "sentencekv.store",
-    "sparse_decode": "sentencekv.session",
+_STAGES: dict[str, object] = {
+    "select": policies.Policy,
+    "resolve_hot_set": store,
+    "gather_kv": store,
+    "sparse_decode": session,
 }
-"""The ops of one layer's sparse step, and the module that calls each."""
+"""The stages of one layer's sparse step, and where each is looked up; `select` is scoring and choosing."""
 
 
 def _named(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,9 +48,8 @@ def profile_step(step: Callable[[], object], device: torch.device) -> dict[str, 
         activities.append(ProfilerActivity.CUDA)
     synchronize(device)
     with contextlib.ExitStack() as stack:
-        for name, caller in _STAGES.items():
-            module = importlib.import_module(caller)
-            stack.enter_context(mock.patch.object(module, name, _named(name, getattr(module, name))))
+        for name, place in _STAGES.items():
+            stack.enter_context(mock.patch.object(place, name, _named(name, getattr(place, name))))
         recorded = stack.enter_context(profile(activities=activities))
         started_at = time.perf_counter()
         step()

@@ -11,6 +11,7 @@ SMALL = {
     "shape": "tiny",
     "context": 600,
     "budgets": "128,256",
+    "policy": "moments",
     "new_tokens": 2,
     "warmup_tokens": 1,
     "full_tokens": 1,
@@ -40,7 +41,7 @@ def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[s
         assert row["kv_gpu_bytes"] > 0
     for name in ("moments 128", "moments 256"):
         assert 0 <= rows[name]["hit_rate"] <= 1
-        assert set(rows[name]["profile"]["stages"]) >= {"score_sentences", "select_sentences", "sparse_decode"}
+        assert set(rows[name]["profile"]["stages"]) >= {"select", "resolve_hot_set", "sparse_decode"}
     assert rows["window"]["kv_gpu_bytes"] < rows["moments 128"]["kv_gpu_bytes"] < rows["moments 256"]["kv_gpu_bytes"]
     assert rows["moments 128"]["kv_host_bytes"] > rows["transformers"]["kv_host_bytes"] == 0
     table = [line for line in lines if line.startswith("|")]
@@ -68,7 +69,8 @@ def test_decode_refuses_to_time_what_fails_its_check(
     ("changes", "message"),
     [
         ({"shape": "llama-9b"}, "unknown shape"),
-        ({"policy": "best"}, "unknown policy"),
+        ({"policy": "best"}, "one that selects.*got 'best'"),
+        ({"policy": "full"}, "one that selects.*got 'full'"),
         ({"budgets": "64"}, "must exceed"),
         ({"budgets": "many"}, "whole numbers"),
         ({"dtype": "int8"}, "dtype must be"),
