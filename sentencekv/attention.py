@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from sentencekv.config import Config
 from sentencekv.policies import load
+from sentencekv.sampling import refuse_nan
 from sentencekv.session import Session, SessionBatch
 from sentencekv.store import HostMemory
 
@@ -40,6 +41,10 @@ _KNOWN_KEYWORDS = {
 }
 
 
+_NO_MASK_SHAPE = (1, 1, 1, 1)
+"""A mask of four dimensions is passed on by transformers as it is; this one says that sessions see to it themselves."""
+
+
 class UnsupportedModelError(ValueError):
     """The model has a part that sentence retrieval does not understand; the message says which."""
 
@@ -60,7 +65,11 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The registered function: `[1, heads, L, H]` in, `[1, L, heads, H]` out."""
     if session is None:
-        raise RuntimeError(f"attention {NAME!r} runs through LongContextLM only; the model was called directly")
+        raise UnsupportedModelError(f"{type(module).__name__} does not hand the engine's keyword on to its attention")
+    if attention_mask is None or attention_mask.shape != _NO_MASK_SHAPE:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} makes an attention mask of its own, which sentencekv would ignore"
+        )
     unknown = {name for name, given in keywords.items() if given is not None} - _KNOWN_KEYWORDS
     if unknown:
         raise UnsupportedModelError(
@@ -81,7 +90,7 @@ def _attention(
         sliding_window=sliding_window,
         softcap=softcap,
     )
-    return output.transpose(0, 1)[None], None
+    return output.transpose(0, 1)[None].contiguous(), None
 
 
 def _mask(*_: object, **__: object) -> None:
@@ -96,7 +105,10 @@ AttentionMaskInterface.register(NAME, _mask)
 def _attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
     """The model's attention is `name` inside, and what it was before outside: its own `generate` goes on working."""
     config = model.config
-    before = config._attn_implementation
+    before = {"": config._attn_implementation}
+    before |= {
+        key: getattr(config, key)._attn_implementation for key in config.sub_configs if getattr(config, key, None)
+    }
     config._attn_implementation = name
     try:
         yield
@@ -134,8 +146,9 @@ def forward(
         output = model(
             input_ids=torch.tensor([token for ids in token_ids for token in ids], device=device)[None],
             position_ids=torch.cat(positions).to(device)[None],
-            attention_mask=torch.zeros((1, 1, 1, 1), device=device),
+            attention_mask=torch.zeros(_NO_MASK_SHAPE, device=device),
             use_cache=False,
+            return_dict=True,
             logits_to_keep=keep,
             session=SessionBatch(sessions, lengths),
         )
@@ -166,6 +179,10 @@ def check_supported(model: PreTrainedModel) -> None:
         )
     if not getattr(type(model), "_supports_attention_backend", False):
         refuse("its attention does not go through transformers' attention interface")
+    if model.get_output_embeddings() is None:
+        refuse("it has no language-model head; load it with AutoModelForCausalLM")
+    if getattr(config, "output_router_logits", False):
+        refuse("its configuration asks for router logits; set output_router_logits=False")
     if not any(isinstance(part, nn.Module) and "rotary" in type(part).__name__.lower() for part in model.modules()):
         refuse("it has no rotary position embedding (RoPE)")
     if getattr(config, "num_kv_shared_layers", 0):
@@ -184,28 +201,48 @@ def check_supported(model: PreTrainedModel) -> None:
 @torch.inference_mode()
 def _compare_with_dense(model: PreTrainedModel, config: PretrainedConfig) -> None:
     """Run a few tokens both ways; a part that no rule above knows shows as a difference."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (24,), generator=generator).tolist()
+    ids = torch.randint(0, config.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [ids, ids[5:20]]
+    num_read = [16, 7]
     engine = Config(budget_tokens=64, sink_tokens=2, window_tokens=4, max_sentence_tokens=4, min_sentence_tokens=1)
     memory = HostMemory(None, pinned=model.device.type == "cuda")
-    session = Session(engine, load("moments"), memory, model.device)
-    session.expect(range(4, 25, 4))
-    logits = [forward(model, [ids[:16]], [session], exact=True, all_logits=True)]
-    logits += [forward(model, [[token]], [session], exact=False) for token in ids[16:]]
-    ours = torch.cat(logits)
-    with _attention_as(model, "eager"):
-        dense = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
-    if torch.isnan(dense).any():
-        raise FloatingPointError(
-            f"the logits of {type(model).__name__} are NaN in its own dense attention; its weights or its precision "
-            "are broken: try dtype='float32', and check the model folder"
-        )
-    # The median token, since in half precision a near tie in a router may send a few tokens to other experts.
-    error = ((ours - dense).norm(dim=-1) / dense.norm(dim=-1)).median().item()
-    limit = 1e-3 if model.dtype == torch.float32 else 5e-2
-    if not error <= limit:
+    sessions = [Session(engine, load("moments"), memory, model.device) for _ in rows]
+    for session, row in zip(sessions, rows, strict=True):
+        session.expect(range(4, len(row) + 1, 4))
+    read = [row[:count] for row, count in zip(rows, num_read, strict=True)]
+    ours = list(forward(model, read, sessions, exact=True, all_logits=True).split(num_read))
+    for step in range(8):
+        tokens = [[row[count + step]] for row, count in zip(rows, num_read, strict=True)]
+        logits = forward(model, tokens, sessions, exact=False)
+        ours = [torch.cat([before, now[None]]) for before, now in zip(ours, logits, strict=True)]
+    _check_sliding_layers(model, config, sessions[0].sliding_layers)
+    for row, logits in zip(rows, ours, strict=True):
+        refuse_nan(logits)
+        with _attention_as(model, "eager"):
+            dense = model(input_ids=torch.tensor([row], device=model.device), use_cache=False, return_dict=True)
+        truth = dense.logits[0].float()
+        # The median token, since in half precision a near tie in a router may send a few tokens to other experts.
+        error = ((logits - truth).norm(dim=-1) / truth.norm(dim=-1)).median().item()
+        limit = 1e-3 if model.dtype == torch.float32 else 5e-2
+        if not error <= limit:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ({config.model_type}) is not supported: on {len(row)} tokens its logits "
+                f"differ from its own dense attention by {error:.2g} of their norm (limit {limit:.2g}); its attention "
+                "has a part that sentencekv does not know"
+            )
+
+
+def _check_sliding_layers(model: PreTrainedModel, config: PretrainedConfig, sliding: set[int]) -> None:
+    """A window that a model keeps in its mask alone never reaches us, and short texts would not show it."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        expected = {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        expected = set(range(config.num_hidden_layers))
+    else:
+        expected = set()
+    if sliding != expected:
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({config.model_type}) is not supported: on 24 tokens its logits differ from "
-            f"its own dense attention by {error:.2g} of their norm (limit {limit:.2g}); its attention has a part that "
-            "sentencekv does not know"
+            f"{type(model).__name__} ({config.model_type}) is not supported: its configuration has sliding-window "
+            f"attention in layers {sorted(expected)}, its attention function was told so in layers {sorted(sliding)}"
         )

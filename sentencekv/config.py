@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
 from sentencekv.sentences import Splitter
@@ -21,7 +20,7 @@ class Config:
     policy: str = "codes"
     """How summaries are made and sentences chosen: a file name in `sentencekv/policies/`."""
 
-    policy_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword options of the policy, e.g. `{"group": "mean"}`; an unknown one is refused by name."""
 
     budget_tokens: int = 1024
@@ -45,8 +44,9 @@ class Config:
     """Text to character offsets at which sentences end; None: NLTK's Punkt with the parameters that we ship."""
 
     hot_tokens: int | None = None
-    """GPU tokens per layer and KV head for sentences fetched earlier (rounded up to slots of `max_sentence_tokens`);
-    None: four budgets, and never more than the context has."""
+    """GPU tokens per layer and KV head for sentences fetched earlier, in slots of `max_sentence_tokens`, however short
+    the sentence in it; None: two budgets. Never more slots than the context has sentences, never fewer than one step
+    selects."""
 
     prefill_chunk_tokens: int | None = None
     """Tokens per forward pass while reading; bounds the activations, never changes the result. None: 8192 on a GPU,
@@ -72,6 +72,7 @@ class Config:
             raise TypeError(f"policy must be a name such as 'moments', got {type(self.policy).__name__}")
         if not isinstance(self.policy_options, Mapping):
             raise TypeError(f"policy_options must be a mapping, got {type(self.policy_options).__name__}")
+        object.__setattr__(self, "policy_options", dict(self.policy_options))  # the caller's may change later
         if self.splitter is not None and not callable(self.splitter):
             raise TypeError(f"splitter must be callable or None, got {type(self.splitter).__name__}")
         if self.kv_dtype != "auto":
@@ -81,6 +82,12 @@ class Config:
             raise ValueError(
                 f"budget_tokens must exceed sink_tokens + window_tokens ({always_read}), got {self.budget_tokens}; "
                 "raise the budget or shrink the window"
+            )
+        if self.room_tokens < self.max_sentence_tokens:
+            raise ValueError(
+                f"budget_tokens ({self.budget_tokens}) leaves room for {self.room_tokens} tokens beside sink and "
+                f"window, fewer than one sentence may have ({self.max_sentence_tokens}, max_sentence_tokens); raise the "
+                f"budget to at least {always_read + self.max_sentence_tokens}"
             )
         if self.min_sentence_tokens > self.max_sentence_tokens:
             raise ValueError(
@@ -105,9 +112,9 @@ class Config:
 
     @property
     def num_slots(self) -> int:
-        """Hot-set slots per layer and KV head; never fewer than one step can select."""
-        wanted = self.hot_tokens if self.hot_tokens is not None else 4 * self.budget_tokens
-        return max(self.max_selected, -(-wanted // self.max_sentence_tokens))
+        """Hot-set slots per layer and KV head."""
+        wanted = self.hot_tokens if self.hot_tokens is not None else 2 * self.budget_tokens
+        return -(-wanted // self.max_sentence_tokens)
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -36,7 +36,7 @@ class Decoding:
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self.first_token_at = self.last_token_at = 0.0
-        self.stream = TextStream(tokenizer, options.stop_strings)
+        self.stream = TextStream(tokenizer, options.stop_strings, context_ids)
         self._tokenizer = tokenizer
         self._options = options
         self._stop_ids = stop_ids

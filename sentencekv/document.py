@@ -10,9 +10,9 @@ from typing_extensions import Self, Unpack
 
 from sentencekv.engine import Engine
 from sentencekv.generation import Generation
-from sentencekv.prompts import Frame, Prompt, encode
+from sentencekv.prompts import Frame, Prompt, encode_appended
 from sentencekv.reading import Progress
-from sentencekv.sampling import SamplingOptions
+from sentencekv.sampling import SamplingOptions, make_options
 from sentencekv.session import Session
 
 
@@ -97,19 +97,19 @@ class Document:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"a question must be a non-empty string, got {question!r:.80}")
         appended = self._frame.between + question + self._frame.after
-        return self._continue(appended, progress, SamplingOptions(**sampling))
+        return self._continue(appended, progress, make_options(sampling))
 
     def complete(
         self, text: str = "\n", *, progress: Progress | None = None, **sampling: Unpack[Sampling]
     ) -> Generation:
         """Continue the document with `text` appended as it is: no template, no question form."""
-        return self._continue(text, progress, SamplingOptions(**sampling)).drain()
+        return self._continue(text, progress, make_options(sampling)).drain()
 
     def _continue(self, text: str, progress: Progress | None, options: SamplingOptions) -> GenerationStream:
         if self._session is None:
             raise ValueError("the document is closed; read it again")
         engine = self._engine
-        appended = encode(engine.tokenizer, text, engine.config, special_tokens=False)
+        appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
         results: list[Generation] = []
         first_char = len(self._frame.before)
         pieces = engine.continue_from(self._session, self._prompt, first_char, appended, options, progress, results)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from sentencekv.prompts import Prompt, section
 from sentencekv.reading import Progress, read
 from sentencekv.sampling import SamplingOptions, refuse_nan
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
+from sentencekv.store import HostMemory, host_tokens
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}
 """Default `prefill_chunk_tokens`: large enough to fill a GPU; on a CPU small, for steady progress."""
@@ -40,6 +41,8 @@ class Engine:
         self.memory = memory
         self.policy = policies.load(config.policy, config.policy_options)
         self._stop_ids = _stop_ids(model, tokenizer)
+        embedding: Any = model.get_input_embeddings()
+        self._num_embeddings: int = embedding.weight.shape[0]
 
     @property
     def max_positions(self) -> int | None:
@@ -67,7 +70,17 @@ class Engine:
                 f"the prompt has {before + longest} tokens{asked}; the model has positions for {self.max_positions}: "
                 f"{remedy}, or use a model with a longer context"
             )
-        self.memory.check(sum(len(prompt.token_ids) for prompt in prompts) * self.kv_bytes_per_token())
+        largest = max(max(prompt.token_ids) for prompt in prompts)
+        if largest >= self._num_embeddings:
+            raise ValueError(
+                f"the tokenizer gave token {largest} and the model knows {self._num_embeddings}; give the model's own "
+                "tokenizer, or resize the model's embeddings"
+            )
+        rows = [
+            host_tokens(0 if before else len(p.token_ids), new_tokens + (len(p.token_ids) if before else 0))
+            for p in prompts
+        ]
+        self.memory.check(sum(rows) * self.kv_bytes_per_token())
 
     def session(self) -> Session:
         """A new, empty session."""
@@ -143,6 +156,8 @@ class Engine:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """As transformers: the generation configuration's, and the tokenizer's where that has none."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

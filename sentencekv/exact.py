@@ -25,6 +25,13 @@ def visible(num_new: int, num_keys: int, sliding_window: int | None, device: tor
     return mask
 
 
+def _has_fused_kernel(q_ALH: Tensor, num_keys: int) -> bool:
+    """Whether torch attends causally from the last tokens without writing out a mask or logits."""
+    if q_ALH.is_cuda:
+        return q_ALH.dtype != torch.float32 and q_ALH.shape[2] <= 256
+    return q_ALH.shape[1] in (1, num_keys)
+
+
 def exact_attention_ref(
     q_ALH: Tensor,
     kv_NTH: Tensor,
@@ -63,7 +70,7 @@ def exact_attention(
     num_new, num_keys = q_ALH.shape[1], kv_NTH.shape[1]
     if sliding_window is not None and sliding_window >= num_keys:
         sliding_window = None
-    if softcap is None and sliding_window is None and (q_ALH.is_cuda or num_new in (1, num_keys)):
+    if softcap is None and sliding_window is None and _has_fused_kernel(q_ALH, num_keys):
         key, value = kv_NTH[:, :, 0][None], kv_NTH[:, :, 1][None]
         if num_new == 1:
             output = F.scaled_dot_product_attention(q_ALH[None], key, value, scale=scale, enable_gqa=True)

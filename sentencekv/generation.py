@@ -18,7 +18,7 @@ class Source:
     """Attention that the sentence got, averaged over generated tokens, heads and layers. Sink, window and tail, which
     are always read, get the rest up to 1."""
     start: int
-    """First character in the prompt or document."""
+    """First character in the prompt, the document, or the rendered chat: `text` is what stands at `start:end`."""
     end: int
     """One past the last character."""
     first_token: int
@@ -65,7 +65,8 @@ class Generation:
     logprobs: list[float] | None
     """Log-probability of each token under the model itself, if asked for."""
     sources: list[Source]
-    """Sentences that were read, most attention first."""
+    """Sentences that sparse steps read, most attention first; none under `full` and `window`, which do not select, and
+    none if only one token was generated, which comes from the exact reading."""
     stats: Stats
 
 
@@ -95,15 +96,18 @@ def find_sources(decoding: Decoding, context: Prompt, first_char: int) -> list[S
     """Sentences of a context by the attention they got; `first_char`: where the user's text begins in it."""
     session = decoding.session
     found = []
-    for sentence, share in enumerate(session.shares()):
-        first, stop = session.sentence_span(sentence)
-        if share <= 0 or first >= len(context.token_ids):
+    for share, (first, stop) in zip(session.shares(), session.sentence_spans(), strict=True):
+        spans = context.spans[first:stop]
+        spans = spans[spans[:, 1] > spans[:, 0]]  # special tokens have no characters
+        if share <= 0 or not len(spans):
             continue
-        spans = context.spans[first : min(stop, len(context.token_ids))]
         start, end = max(int(spans[:, 0].min()), first_char), int(spans[:, 1].max())
-        if end > start:
-            text = context.text[start:end]
-            found.append(Source(text.strip(), share, start - first_char, end - first_char, first))
+        text = context.text[start:end]
+        start += len(text) - len(text.lstrip())
+        text = text.strip()
+        if text:
+            first_in_text = start - first_char
+            found.append(Source(text, share, first_in_text, first_in_text + len(text), first))
     return sorted(found, key=lambda source: -source.share)
 
 

@@ -22,7 +22,7 @@ from sentencekv.generation import Generation, LogLikelihood, Perplexity
 from sentencekv.loading import DEVICE_TYPES, load_model
 from sentencekv.prompts import Message, Prompt, document_frame, encode, encode_chat, is_chat, section
 from sentencekv.reading import Progress
-from sentencekv.sampling import SamplingOptions
+from sentencekv.sampling import make_options
 from sentencekv.store import HostMemory
 
 
@@ -64,7 +64,10 @@ class LongContextLM:
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> LongContextLM:
-        """Wrap a loaded model, on the one device where it is and in its dtype. Raises as `from_pretrained`."""
+        """Wrap a loaded model on the one device where it is, in its dtype; puts it in evaluation mode.
+
+        Raises as `from_pretrained`.
+        """
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -147,7 +150,7 @@ class LongContextLM:
             raise TypeError(f"a prompt must be a string, a list of strings or chat messages, got {_describe(prompt)}")
         prompts = [self._encode(prompt)] if single else [self._encode(text) for text in prompt]
         results: list[Generation] = []
-        for _ in self._engine.generate(prompts, SamplingOptions(**sampling), progress, results):
+        for _ in self._engine.generate(prompts, make_options(sampling), progress, results):
             pass
         return results[0] if single else results
 
@@ -162,7 +165,7 @@ class LongContextLM:
         if not isinstance(prompt, str) and not is_chat(prompt):
             raise TypeError(f"stream takes one string or chat messages, got {_describe(prompt)}")
         results: list[Generation] = []
-        pieces = self._engine.generate([self._encode(prompt)], SamplingOptions(**sampling), progress, results)
+        pieces = self._engine.generate([self._encode(prompt)], make_options(sampling), progress, results)
         return GenerationStream(pieces, results)
 
     def read(self, text: str, *, chat: bool | None = None, progress: Progress | None = None) -> Document:
@@ -212,6 +215,8 @@ class LongContextLM:
         """
         prompt = self._encode(text)
         total = len(prompt.token_ids)
+        if total < 2:
+            raise ValueError("the text has one token; perplexity needs at least two")
         context = min(4096, total // 2) if context_tokens is None else context_tokens
         for name, value in (("context_tokens", context), ("stride", stride)):
             if not isinstance(value, int) or value < 1:
@@ -240,7 +245,12 @@ class LongContextLM:
             raise ValueError(f"continuation must be a non-empty string, got {continuation!r:.80}")
         num_context = len(self._encode(context).token_ids)
         prompt = self._encode(context + continuation)
-        num_scored = max(len(prompt.token_ids) - num_context, 1)
+        if len(prompt.token_ids) < 2:
+            raise ValueError(
+                f"context {context!r:.40} and continuation {continuation!r:.40} become one token together; give a "
+                "longer context, so that there is something to continue"
+            )
+        num_scored = min(max(len(prompt.token_ids) - num_context, 1), len(prompt.token_ids) - 1)
         scores, greedy = self._engine.score(prompt, num_scored)
         return LogLikelihood(float(scores.sum()), bool(greedy.all()), num_scored)
 

@@ -13,9 +13,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sentencekv.config import Config
+from sentencekv.sampling import TextStream
 from sentencekv.sentences import sentence_offsets, token_sentence_offsets
 
 Message = Mapping[str, str]
+
+_ANCHOR_CHARACTERS = 48
 
 _DOCUMENT, _QUESTION = "<<sentencekv document>>", "<<sentencekv question>>"
 
@@ -51,6 +54,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, config: Config, *, spe
     encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False)
     token_ids = list(encoded["input_ids"])
     spans = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return _with_sentences(text, token_ids, spans, config)
+
+
+def _with_sentences(text: str, token_ids: list[int], spans: np.ndarray, config: Config) -> Prompt:
     offsets = sentence_offsets(
         text,
         spans,
@@ -59,6 +66,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, config: Config, *, spe
         splitter=config.splitter,
     )
     return Prompt(text, token_ids, spans, offsets[1:].tolist())
+
+
+def encode_appended(tokenizer: PreTrainedTokenizerBase, before: str, text: str, config: Config) -> Prompt:
+    """Tokenise a text as it stands after `before`, whose tokens are fixed already.
+
+    Some tokenizers put a space before whatever they are given; tokenised behind the end of `before`, a text gets none
+    that is not there. Where a token would reach across, the text is tokenised by itself.
+    """
+    anchor = before[-_ANCHOR_CHARACTERS:]
+    encoded = tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    first = int(np.searchsorted(spans[:, 0], len(anchor)))
+    alone = encode(tokenizer, text, config, special_tokens=False)
+    if first == 0 or first == len(spans) or spans[first - 1, 1] > len(anchor):
+        return alone
+    token_ids = list(encoded["input_ids"])[first:]
+    if token_ids == alone.token_ids:
+        return alone
+    return _with_sentences(text, token_ids, spans[first:] - len(anchor), config)
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], config: Config) -> Prompt:
@@ -90,8 +116,13 @@ def document_frame(tokenizer: PreTrainedTokenizerBase, *, chat: bool | None) -> 
     if chat is False or (chat is None and not tokenizer.chat_template):
         return Frame("", "\n\nQuestion: ", "\nAnswer:", special_tokens=True)
     rendered = _render(tokenizer, [{"role": "user", "content": f"{_DOCUMENT}\n\n{_QUESTION}"}])
-    before, _, rest = rendered.partition(_DOCUMENT)
-    between, _, after = rest.partition(_QUESTION)
+    before, found_document, rest = rendered.partition(_DOCUMENT)
+    between, found_question, after = rest.partition(_QUESTION)
+    if not found_document or not found_question or _DOCUMENT in after or _QUESTION in before + after:
+        raise ValueError(
+            "the chat template changes or repeats a message's text, so a document cannot be read ahead of its "
+            "question; read it with chat=False, or use generate with chat messages"
+        )
     return Frame(before, between, after, special_tokens=False)
 
 
@@ -111,14 +142,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
 def section(prompt: Prompt, first: int, stop: int, begin_ids: Sequence[int]) -> Prompt:
     """Tokens `[first, stop)` of a prompt as a prompt of its own, with `begin_ids` before them; the text stays whole."""
     added = len(begin_ids)
-    ends = [end - first + added for end in prompt.ends if first < end < stop] + [stop - first + added]
+    ends = [added] if added else []
+    ends += [end - first + added for end in prompt.ends if first < end < stop] + [stop - first + added]
     spans = np.concatenate([np.zeros((added, 2), dtype=np.int64), prompt.spans[first:stop]])
     return Prompt(prompt.text, [*begin_ids, *prompt.token_ids[first:stop]], spans, ends)
 
 
 def tail_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], config: Config) -> list[int]:
     """Sentence ends within generated tokens, the last and perhaps unfinished sentence left out."""
-    pieces = tokenizer.batch_decode([[token] for token in token_ids])
+    stream = TextStream(tokenizer, ())
+    pieces = [stream.add(token) for token in token_ids]
     offsets = token_sentence_offsets(
         pieces,
         max_tokens=config.max_sentence_tokens,

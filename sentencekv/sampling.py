@@ -6,8 +6,9 @@ Knows one sequence's logits and ids; nothing of sessions or batches.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import cast
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,18 +42,33 @@ class SamplingOptions:
     """Also return the log-probability of each token under the model's own distribution."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            optional = value is None and name != "max_new_tokens"
+            if not optional and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) and (
+                value is not None or name in ("temperature", "repetition_penalty")
+            ):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf):
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.001, got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not self.repetition_penalty > 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        if self.stop is not None and not isinstance(self.stop, (str, list, tuple)):
+            raise TypeError(f"stop must be a string or a list of strings, got {self.stop!r}")
         if any(not isinstance(text, str) or not text for text in self.stop_strings):
             raise ValueError(f"stop must be a non-empty string or a list of them, got {self.stop!r}")
 
@@ -63,6 +79,21 @@ class SamplingOptions:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+def make_options(given: Mapping[str, Any]) -> SamplingOptions:
+    """Options from keywords. Raises TypeError with the list of names for an unknown one."""
+    known = [field.name for field in dataclasses.fields(SamplingOptions)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}; there are: {', '.join(known)}")
+    return SamplingOptions(**given)
+
+
+_LONGEST_CHARACTER = 4
+"""Tokens that one UTF-8 character may take; what is unfinished after that never will be."""
+
+_CONTEXT_TOKENS = 6
+
+
 class Sampler:
     """Draws the tokens of one sequence."""
 
@@ -71,7 +102,7 @@ class Sampler:
         self._logprobs = options.logprobs
         self._processors = LogitsProcessorList()
         if options.repetition_penalty != 1.0:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+            self._processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
         if not self._greedy:
             self._processors.append(TemperatureLogitsWarper(float(options.temperature)))
             if options.top_k is not None:
@@ -85,7 +116,10 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(options.seed)
-        self._ids = torch.tensor(list(prompt_ids), dtype=torch.int64, device=device)
+        # Only the penalty looks at what came before.
+        self._counts_ids = options.repetition_penalty != 1.0
+        seen = list(prompt_ids) if self._counts_ids else []
+        self._ids = torch.tensor(seen, dtype=torch.int64, device=device)
 
     def draw(self, logits_V: Tensor) -> tuple[int, float | None]:
         """The next token and, if asked for, its log-probability under the model itself.
@@ -101,7 +135,7 @@ class Sampler:
             token = int(scores.argmax())
         else:
             token = int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
-        if self._processors:
+        if self._counts_ids:
             self._ids = torch.cat([self._ids, self._ids.new_tensor([token])])
         return token, float(logits_V.log_softmax(dim=-1)[token]) if self._logprobs else None
 
@@ -109,11 +143,14 @@ class Sampler:
 class TextStream:
     """Turns tokens into text as they come: never half a character, never part of a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], context_ids: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids: list[int] = []
-        self._prefix = self._read = 0
+        # The end of the context, since some tokenizers drop the space before the first token that they decode.
+        self._ids = list(context_ids[-_CONTEXT_TOKENS:])
+        self._prefix, self._read = 0, len(self._ids)
         self._pending = ""
         self.text = ""
         """What was given out so far."""
@@ -125,7 +162,7 @@ class TextStream:
         # Decoding starts a few tokens back, since a tokenizer may join a token to the one before it.
         before = self._decode(self._ids[self._prefix : self._read])
         now = self._decode(self._ids[self._prefix :])
-        if now.endswith("\ufffd"):
+        if now.endswith("\ufffd") and len(self._ids) - self._read < _LONGEST_CHARACTER:
             return ""
         self._prefix, self._read = self._read, len(self._ids)
         return self._release(now[len(before) :], final=False)

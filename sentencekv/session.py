@@ -12,6 +12,7 @@ summary to the extent's table. Sliding-window layers keep their own last tokens 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -166,15 +167,29 @@ class Session:
         if sliding_window is not None:
             return self._attend_local(layer, q_ALH, new_NLH, scale, sliding_window, softcap)
         if layer not in self._recent:
-            self._sink[layer] = self._recent[layer] = new_NLH[:, :0]
+            self._sink[layer] = self._recent[layer] = _no_tokens(new_NLH)
         if self._pass.exact or self.policy.reads == "everything":
-            closed = self._places.read(layer)
-            kv_NTH = torch.cat([self._sink[layer], *closed, self._recent[layer], new_NLH], dim=1)
-            output = exact_attention(q_ALH, kv_NTH, scale=scale, softcap=softcap)
+            output = exact_attention(q_ALH, self._everything(layer, new_NLH), scale=scale, softcap=softcap)
         else:
             output = self._attend_sparse(layer, q_ALH, new_NLH, scale, softcap)
         self._append(layer, new_NLH)
         return output
+
+    def _everything(self, layer: int, new_NLH: Tensor) -> Tensor:
+        """KV of all tokens of a layer in order, on the device: sink, closed sentences, recent, new."""
+        parts = [self._sink[layer], self._recent[layer], new_NLH]
+        if not self._places.num_sentences:
+            return torch.cat(parts, dim=1)
+        num_heads, _, _, head_dim = new_NLH.shape
+        num_tokens = self._places.num_tokens + sum(part.shape[1] for part in parts)
+        kv_NTH = new_NLH.new_empty((num_heads, num_tokens, 2, head_dim))
+        first = parts[0].shape[1]
+        stop = first + self._places.num_tokens
+        kv_NTH[:, :first] = parts[0]
+        self._places.read(layer, kv_NTH[:, first:stop])
+        kv_NTH[:, stop : stop + parts[1].shape[1]] = parts[1]
+        kv_NTH[:, stop + parts[1].shape[1] :] = new_NLH
+        return kv_NTH
 
     def append_context(self, layer: int, kv_NLH: Tensor) -> None:
         """Append KV `[N, L, 2, H]` that the pass's new tokens already have, without attention: `attend`'s other half.
@@ -185,15 +200,14 @@ class Session:
         assert kv_NLH.shape[1] == self._pass.num_new
         self._dense_bytes_per_token[layer] = kv_NLH.nbytes // kv_NLH.shape[1]
         if layer not in self._recent:
-            self._sink[layer] = self._recent[layer] = kv_NLH[:, :0]
+            self._sink[layer] = self._recent[layer] = _no_tokens(kv_NLH)
         self._append(layer, kv_NLH)
 
     def _attend_local(
         self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, sliding_window: int, softcap: float | None
     ) -> Tensor:
-        kept = self._local.get(layer, new_NLH[:, :0])
-        kv_NTH = torch.cat([kept, new_NLH], dim=1)
-        self._local[layer] = kv_NTH[:, -(sliding_window - 1) :].clone() if sliding_window > 1 else new_NLH[:, :0]
+        kv_NTH = torch.cat([self._local[layer], new_NLH], dim=1) if layer in self._local else new_NLH
+        self._local[layer] = kv_NTH[:, -(sliding_window - 1) :].clone() if sliding_window > 1 else _no_tokens(new_NLH)
         return exact_attention(q_ALH, kv_NTH, scale=scale, sliding_window=sliding_window, softcap=softcap)
 
     def _attend_sparse(self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -226,7 +240,7 @@ class Session:
             places.length_on_device,
             scale=scale,
             room_tokens=self.config.room_tokens,
-            max_selected=self.config.max_selected,
+            max_selected=self._max_selected(),
         )
 
     def _hot_set(self, layer: int, num_selected: int, like: Tensor) -> HotSet:
@@ -236,10 +250,20 @@ class Session:
             wanted = max(self._places.num_sentences, 2 * hot.num_slots if hot else 0)
             wanted = 0 if self.policy.reads == "recent" else wanted
             num_slots = max(num_selected, min(self.config.num_slots, wanted))
-            num_heads, head_dim = like.shape[0], like.shape[3]
-            hot = HotSet(num_heads, head_dim, num_slots, self.config.max_sentence_tokens, like)
+            if hot is None:
+                hot = HotSet(like.shape[0], like.shape[3], num_slots, self.config.max_sentence_tokens, like)
+            else:
+                hot = hot.grown(num_slots)
             self._hot[layer] = hot
         return hot
+
+    def _max_selected(self) -> int:
+        """Sentences that one step may select: half as many again as the budget holds of average ones.
+
+        Between that and the shortest possible ones lies mostly empty space in the slots.
+        """
+        average = self._places.num_tokens / max(self._places.num_sentences, 1)
+        return min(self.config.max_selected, math.ceil(1.5 * self.config.room_tokens / average))
 
     def _append(self, layer: int, new_NLH: Tensor) -> None:
         assert self._pass is not None
@@ -256,7 +280,7 @@ class Session:
             if self.policy.reads == "selected":
                 offsets = torch.tensor([0, *self._pass.closing], device=self.device).cumsum(0)
                 tables = self.policy.summarize(closed[:, :, 0].transpose(0, 1), offsets)
-                self._own.add_summaries(layer, [t.to(closed.dtype) if t.is_floating_point() else t for t in tables])
+                self._own.add_summaries(layer, [_in_dtype(table, closed.dtype) for table in tables])
         # A clone, lest a view of a long chunk keeps all of it alive.
         self._recent[layer] = pending[:, num_closing:].clone() if num_closing or missing > 0 else pending
 
@@ -267,10 +291,15 @@ class Session:
         layers = max(len(self._hot), 1)
         return (self._share_S / max(self.traffic.steps * layers, 1)).tolist()
 
-    def sentence_span(self, sentence: int) -> tuple[int, int]:
-        """First and one-past-last token position of a closed sentence."""
-        start = self._places.start_of(sentence)
-        return start, start + int(self._places.length_of[sentence])
+    def sentence_spans(self) -> list[tuple[int, int]]:
+        """First and one-past-last token position of each closed sentence."""
+        starts, lengths = self._places.start_of.tolist(), self._places.length_of.tolist()
+        return [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+
+    @property
+    def sliding_layers(self) -> set[int]:
+        """Layers that were run with a sliding window so far."""
+        return set(self._local)
 
     @property
     def num_sentences(self) -> int:
@@ -297,6 +326,19 @@ class Session:
     def dense_bytes(self) -> int:
         """What a dense KV cache of the same tokens takes on the device."""
         return self.num_tokens * sum(self._dense_bytes_per_token.values())
+
+
+def _in_dtype(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating-point table in the keys' dtype, clamped to its range: float16 ends at 65,504."""
+    if not table.is_floating_point():
+        return table
+    limits = torch.finfo(dtype)
+    return table.clamp(limits.min, limits.max).to(dtype)
+
+
+def _no_tokens(like_NLH: Tensor) -> Tensor:
+    """KV of no tokens: storage of its own, where an empty view would keep a whole chunk alive."""
+    return like_NLH.new_empty((like_NLH.shape[0], 0, *like_NLH.shape[2:]))
 
 
 class SessionBatch:

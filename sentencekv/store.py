@@ -6,12 +6,12 @@ with ordinary memory in place of pinned memory, and the hot set beside it.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import os
 import threading
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,15 +26,27 @@ closes would double the summaries of the whole context."""
 
 
 def available_host_bytes() -> int:
-    """Memory that the machine can still give without swapping, in bytes."""
+    """Memory that this process can still get without swapping, in bytes: the machine's, or its control group's."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+            available = min(available, int(limit) - used)
     except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        pass  # not Linux, or no control groups
+    return max(available, 0)
+
+
+def host_tokens(context_tokens: int, more_tokens: int = 0) -> int:
+    """Rows of host memory that a context takes at most, and `more_tokens` closed after it bit by bit."""
+    whole, rest = divmod(context_tokens, _LARGE_SLAB_TOKENS)
+    rows = whole * _LARGE_SLAB_TOKENS + (_slab_tokens(rest, 0) if rest else 0)
+    # Each slab may end with rows too few for the next sentence; they move to one small slab more.
+    rows += _SMALL_SLAB_TOKENS if whole else 0
+    return rows + -(-more_tokens // _SMALL_SLAB_TOKENS) * _SMALL_SLAB_TOKENS
 
 
 class HostMemory:
@@ -52,6 +64,12 @@ class HostMemory:
     def check(self, needed_bytes: int) -> None:
         """Raise MemoryError if so many bytes more cannot be had."""
         free = available_host_bytes()
+        if self.pinned and needed_bytes > free:
+            # torch keeps pinned memory that was freed, for reuse: ours to take, though the machine counts it as used.
+            release = getattr(torch._C, "_host_emptyCache", None)
+            if release is not None:
+                release()
+                free = available_host_bytes()
         if self.limit_bytes is not None:
             free = min(free, self.limit_bytes - self.in_use_bytes)
         if needed_bytes > free:
@@ -112,18 +130,16 @@ class Extent:
     def __init__(self, memory: HostMemory, device: torch.device) -> None:
         self.memory = memory
         self.device = device
-        self.lengths: list[int] = []
-        self.starts: list[int] = []
-        self.slab_ids: list[int] = []
-        self.rows: list[int] = []
         self.slabs: list[Slab] = []
         self.num_tokens = 0
+        self.place_of = torch.empty((0, 4), dtype=torch.int64)
+        """Of each sentence: first token's context position, tokens, slab (number within the extent), first row."""
         self._tables_of_layer: dict[int, list[GrowingTable]] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def num_sentences(self) -> int:
-        return len(self.lengths)
+        return self.place_of.shape[0]
 
     @property
     def host_bytes(self) -> int:
@@ -144,6 +160,7 @@ class Extent:
             expected_tokens: how many more tokens this extent will hold; sizes the next slab.
         """
         runs: list[Run] = []
+        placed: list[tuple[int, int, int, int]] = []
         offset = run_start = 0
         remaining = sum(lengths)
         run_row = self.slabs[-1].used_tokens if self.slabs else 0
@@ -154,10 +171,7 @@ class Extent:
                 self.slabs.append(Slab(_slab_tokens(max(expected_tokens, remaining), length)))
                 run_start, run_row = offset, 0
             slab = self.slabs[-1]
-            self.lengths.append(length)
-            self.starts.append(start + offset)
-            self.slab_ids.append(len(self.slabs) - 1)
-            self.rows.append(slab.used_tokens)
+            placed.append((start + offset, length, len(self.slabs) - 1, slab.used_tokens))
             slab.used_tokens += length
             offset += length
             remaining -= length
@@ -165,6 +179,7 @@ class Extent:
         if offset > run_start:
             runs.append(Run(self.slabs[-1], run_row, run_start, offset))
         self.num_tokens += offset
+        self.place_of = torch.cat([self.place_of, torch.tensor(placed, dtype=torch.int64).reshape(-1, 4)])
         return runs
 
     def write(self, layer: int, runs: Sequence[Run], kv_NTH: Tensor) -> None:
@@ -248,47 +263,37 @@ class Places:
 
     def __init__(self, extents: Sequence[Extent], device: torch.device) -> None:
         self.extents = list(extents)
-        self._first_sentence = [0]
-        self._first_slab = [0]
-        for extent in self.extents:
-            self._first_sentence.append(self._first_sentence[-1] + extent.num_sentences)
-            self._first_slab.append(self._first_slab[-1] + len(extent.slabs))
         self.slabs = [slab for extent in self.extents for slab in extent.slabs]
-        self.slab_of = torch.tensor(
-            [first + i for extent, first in zip(self.extents, self._first_slab, strict=False) for i in extent.slab_ids],
-            dtype=torch.int64,
-        )
-        self.row_of = torch.tensor([row for extent in self.extents for row in extent.rows], dtype=torch.int64)
-        self.length_of = torch.tensor([n for extent in self.extents for n in extent.lengths], dtype=torch.int64)
-        self.length_on_device = self.length_of.to(device)
-        self.num_tokens = int(self.length_of.sum())
         self._used_tokens = [slab.used_tokens for slab in self.slabs]
         self._device = device
+        tables = [torch.empty((0, 4), dtype=torch.int64)]
+        first_slab = 0
+        for extent in self.extents:
+            tables.append(extent.place_of + torch.tensor([0, 0, first_slab, 0]))
+            first_slab += len(extent.slabs)
+        self.start_of, self.length_of, self.slab_of, self.row_of = torch.cat(tables).unbind(dim=1)
+        self.length_on_device = self.length_of.to(device)
+        self.num_tokens = int(self.length_of.sum())
 
     @property
     def num_sentences(self) -> int:
         return self.length_of.numel()
 
-    def read(self, layer: int) -> list[Tensor]:
-        """All closed tokens of one layer in order, as blocks `[N, t, 2, H]` on the device."""
+    def read(self, layer: int, into_NTH: Tensor) -> None:
+        """Copy all closed tokens of one layer, in order, into a device tensor `[N, num_tokens, 2, H]`."""
         for extent in self.extents:
             extent.order_after_writes()
-        blocks = []
+        start = 0
         for slab, used_tokens in zip(self.slabs, self._used_tokens, strict=True):
             kv = slab.kv_of_layer[layer]
+            stop = start + used_tokens
             if self._device.type == "cpu":
-                blocks.append(kv[:, :used_tokens])
-                continue
-            block = torch.empty((kv.shape[0], used_tokens, *kv.shape[2:]), dtype=kv.dtype, device=self._device)
-            for head in range(kv.shape[0]):
-                block[head].copy_(kv[head, :used_tokens], non_blocking=True)
-            blocks.append(block)
-        return blocks
-
-    def start_of(self, sentence: int) -> int:
-        """Context position of a sentence's first token."""
-        extent = bisect.bisect_right(self._first_sentence, sentence) - 1
-        return self.extents[extent].starts[sentence - self._first_sentence[extent]]
+                into_NTH[:, start:stop] = kv[:, :used_tokens]
+            else:
+                # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
+                for head in range(kv.shape[0]):
+                    into_NTH[head, start:stop].copy_(kv[head, :used_tokens], non_blocking=True)
+            start = stop
 
 
 class HotSet:
@@ -320,7 +325,7 @@ class HotSet:
         self._grow_table(places.num_sentences)
         slot_NK, miss_NK = resolve_hot_set(selected_NK, self._state, self._step)
         self._step += 1
-        # The plain PyTorch path needs the misses on the host: the one synchronisation of a layer.
+        # The plain PyTorch path needs the misses on the host: here it waits for the device.
         head_P, rank_P = miss_NK.cpu().nonzero(as_tuple=True)
         if head_P.numel() == 0:
             return slot_NK, 0, 0
@@ -334,6 +339,17 @@ class HotSet:
             host_kv = places.slabs[slab_id].kv_of_layer[layer]
             num_tokens += gather_kv(host_kv, head_P[here], row_P[here], length_P[here], slot_P[here], self.kv)
         return slot_NK, head_P.numel(), num_tokens
+
+    def grown(self, num_slots: int) -> HotSet:
+        """A larger hot set with the same content."""
+        num_heads, old_slots, slot_tokens, _, head_dim = self.kv.shape
+        larger = HotSet(num_heads, head_dim, num_slots, slot_tokens, self.kv)
+        larger.kv[:, :old_slots] = self.kv
+        larger._state.sentence_of_slot[:, :old_slots] = self._state.sentence_of_slot
+        larger._state.last_used[:, :old_slots] = self._state.last_used
+        larger._state = larger._state._replace(slot_of_sentence=self._state.slot_of_sentence)
+        larger._step = self._step
+        return larger
 
     def _grow_table(self, num_sentences: int) -> None:
         table = self._state.slot_of_sentence

@@ -1,5 +1,9 @@
 """Config refuses what cannot work, and says the value, the rule and the remedy."""
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 
 from sentencekv import Config
@@ -9,8 +13,16 @@ from sentencekv.config import Config as SameConfig
 def test_defaults_are_consistent() -> None:
     config = Config()
     assert config.room_tokens == config.budget_tokens - config.sink_tokens - config.window_tokens
-    assert config.num_slots >= config.max_selected
     assert SameConfig is Config
+
+
+def test_config_is_plain_data() -> None:
+    options = {"group": "mean"}
+    config = Config(policy_options=options)
+    options["group"] = "max"
+    assert config.policy_options == {"group": "mean"}
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.asdict(config)["budget_tokens"] == config.budget_tokens
 
 
 @pytest.mark.parametrize(
@@ -27,6 +39,7 @@ def test_defaults_are_consistent() -> None:
         ({"window_tokens": 0}, ValueError, "at least 1, got 0"),
         ({"sink_tokens": -1}, ValueError, "at least 0, got -1"),
         ({"min_sentence_tokens": 40}, ValueError, "must not exceed"),
+        ({"budget_tokens": 100}, ValueError, r"leaves room for 20 tokens .* raise the budget to at least 112"),
         ({"hot_tokens": 512}, ValueError, "at least budget_tokens"),
         ({"host_memory_bytes": 0}, ValueError, "at least 1"),
         ({"kv_dtype": "int3"}, ValueError, "kv_dtype must be 'auto'"),

@@ -42,6 +42,18 @@ def test_small_budget_differs_from_dense(tokenizer: PreTrainedTokenizerFast, pro
     )
 
 
+@pytest.mark.parametrize("budget", [1024, 40])
+def test_documents_with_sliding_layers(tokenizer: PreTrainedTokenizerFast, prose: str, budget: int) -> None:
+    """A question far longer than the window, asked twice: local layers fork like the others."""
+    model = make_model("gemma3_text")
+    policy = "codes" if budget == 1024 else "full"
+    lm = LongContextLM.from_model(model, tokenizer, budget_tokens=budget, policy=policy, **SMALL)
+    document = lm.read(prose[:700])
+    for question in (prose[700:900], prose[900:950]):
+        text = f"{prose[:700]}\n\nQuestion: {question}\nAnswer:"
+        assert document.ask(question, max_new_tokens=8).token_ids == dense_greedy(model, tokenizer, text)[:8]
+
+
 REFUSED = {
     "gpt2": ({"n_embd": 48, "n_head": 4, "n_layer": 2}, "rotary"),
     "bloom": ({"n_head": 4, "n_layer": 2}, "attention interface"),
@@ -73,6 +85,18 @@ REFUSED = {
             "shared_expert_intermediate_size": 16,
         },
         "linear_attention",
+    ),
+    "qwen2_moe": (
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 1,
+        },
+        "sliding-window attention in layers",
     ),
     "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "dynamic"),
 }

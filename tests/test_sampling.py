@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sentencekv import SamplingOptions
-from sentencekv.sampling import Sampler, TextStream
+from sentencekv.sampling import Sampler, TextStream, make_options
 
 CPU = torch.device("cpu")
 
@@ -16,8 +16,10 @@ CPU = torch.device("cpu")
     ("bad", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens"),
+        ({"max_new_tokens": 0, "temperature": 1}, "max_new_tokens"),
         ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
+        ({"seed": -1}, "seed"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": 0}, "top_k"),
@@ -30,6 +32,19 @@ CPU = torch.device("cpu")
 def test_bad_options(bad: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingOptions(**bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_new_tokens": 2.5}, {"top_k": 5.0}, {"seed": "x"}, {"temperature": "0.5"}, {"stop": 5}, {"stop": b"x"}]
+)
+def test_bad_types(bad: dict) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(bad))} must be"):
+        SamplingOptions(**bad)
+
+
+def test_unknown_option_gets_the_list() -> None:
+    with pytest.raises(TypeError, match="unknown option 'max_tokens'; there are: max_new_tokens, "):
+        make_options({"max_tokens": 3})
 
 
 def draws(logits: torch.Tensor, count: int = 400, **options) -> list[int]:
@@ -94,6 +109,13 @@ def test_stop_strings_are_never_shown(tokenizer: PreTrainedTokenizerFast, stop: 
             break
     assert stream.stopped
     assert given_out + stream.finish() == expected
+
+
+def test_invalid_bytes_do_not_hold_the_text_back(tokenizer: PreTrainedTokenizerFast) -> None:
+    stray = tokenizer("\u00e9").input_ids[:1]
+    stream = TextStream(tokenizer, ())
+    shown = "".join(stream.add(token) for token in stray * 40)
+    assert len(shown) >= 30
 
 
 def test_held_back_text_comes_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:

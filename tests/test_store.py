@@ -1,0 +1,101 @@
+"""Host memory: what is counted, refused before it is too late, and given back."""
+
+import gc
+
+import pytest
+import torch
+
+from sentencekv import store
+from sentencekv.store import Extent, GrowingTable, HostMemory, HotSet, Places, host_tokens
+
+
+def fill(extent: Extent, lengths: list[int], start: int, kv: torch.Tensor, expected: int = 0) -> None:
+    runs = extent.place(start, lengths, expected)
+    extent.write(0, runs, kv)
+    extent.flush()
+
+
+@pytest.mark.parametrize("large", [64, 4096])
+def test_rows_come_back_in_order(large: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentences over several slabs and two extents; slabs end with rows that no sentence fits."""
+    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", large)
+    monkeypatch.setattr(store, "_SMALL_SLAB_TOKENS", 32)
+    memory = HostMemory(None, pinned=device.type == "cuda")
+    kv = torch.randn(2, 400, 2, 8, device=device)
+    lengths = [7, 30, 1, 25, 32, 9, 16, 31, 20, 29] * 2
+    first, second = Extent(memory, device), Extent(memory, device)
+    fill(first, lengths[:12], 5, kv[:, :237], expected=237)
+    fill(second, lengths[12:], 242, kv[:, 237:], expected=163)
+    places = Places([first, second], device)
+    assert places.num_tokens == 400
+    assert places.length_of.tolist() == lengths
+    assert places.start_of.tolist() == [5 + sum(lengths[:i]) for i in range(20)]
+    back = torch.full_like(kv, torch.nan)
+    places.read(0, back)
+    assert torch.equal(back, kv)
+    for sentence in range(20):
+        slab = places.slabs[places.slab_of[sentence]].kv_of_layer[0]
+        row, begin = int(places.row_of[sentence]), int(places.start_of[sentence]) - 5
+        rows = slab[:, row : row + lengths[sentence]]
+        assert torch.equal(rows, kv[:, begin : begin + lengths[sentence]].cpu())
+    assert first.slabs[0].kv_of_layer[0].is_pinned() == (device.type == "cuda")
+    taken = sum(slab.capacity_tokens for slab in first.slabs + second.slabs)
+    assert taken <= host_tokens(237) + host_tokens(163)
+
+
+def test_host_tokens_is_enough_for_any_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory(None, pinned=False)
+    generator = torch.Generator().manual_seed(0)
+    for total in (1, 200, 256, 257, 4000, 4096, 4097, 9000, 40_000):
+        for _ in range(5):
+            lengths: list[int] = []
+            while sum(lengths) < total:
+                length = int(torch.randint(1, 33, (), generator=generator))
+                lengths.append(min(length, total - sum(lengths)))
+            extent = Extent(memory, torch.device("cpu"))
+            extent.place(0, lengths, total)
+            assert sum(slab.capacity_tokens for slab in extent.slabs) <= host_tokens(total)
+
+
+def test_memory_is_bounded_and_counted() -> None:
+    memory = HostMemory(1000, pinned=False)
+    held = memory.allocate((10, 10), torch.float32)
+    assert memory.in_use_bytes == held.nbytes == 400
+    with pytest.raises(MemoryError, match=r"needs .* MiB of host memory .*host_memory_bytes .*close documents"):
+        memory.allocate((200,), torch.float32)
+    del held
+    gc.collect()
+    assert memory.in_use_bytes == 0
+    memory.allocate((200,), torch.float32)
+    with pytest.raises(MemoryError, match=r"GiB is free; "):
+        HostMemory(None, pinned=False).check(1 << 60)
+
+
+def test_growing_table_keeps_rows_and_does_not_double() -> None:
+    table = GrowingTable()
+    rows = torch.randn(5000, 3)
+    table.append(rows[:4000])
+    for start in range(4000, 5000, 7):
+        table.append(rows[start : min(start + 7, 5000)])
+    assert torch.equal(table.rows, rows)
+    assert table.nbytes < 1.1 * rows.nbytes
+
+
+def test_a_hot_set_that_grows_keeps_what_it_has(device: torch.device) -> None:
+    memory = HostMemory(None, pinned=device.type == "cuda")
+    kv = torch.randn(2, 80, 2, 8, device=device)
+    extent = Extent(memory, device)
+    fill(extent, [8] * 10, 0, kv)
+    places = Places([extent], device)
+    hot = HotSet(2, 8, 3, 8, kv)
+    selected = torch.tensor([[4, 1, 7], [0, 9, 2]], device=device)
+    assert hot.fetch(0, selected, places)[1:] == (6, 48)
+    larger = hot.grown(5)
+    slots, missed, _ = larger.fetch(0, selected, places)
+    assert missed == 0
+    for head in range(2):
+        for k in range(3):
+            sentence = int(selected[head, k])
+            assert torch.equal(larger.kv[head, slots[head, k]], kv[head, 8 * sentence : 8 * sentence + 8])
+    more = torch.tensor([[4, 1, 7, 3, 5], [0, 9, 2, 3, 5]], device=device)
+    assert larger.fetch(0, more, places)[1] == 4
