@@ -86,8 +86,8 @@ class Config:
         if self.room_tokens < self.max_sentence_tokens:
             raise ValueError(
                 f"budget_tokens ({self.budget_tokens}) leaves room for {self.room_tokens} tokens beside sink and "
-                f"window, fewer than one sentence may have ({self.max_sentence_tokens}, max_sentence_tokens); raise the "
-                f"budget to at least {always_read + self.max_sentence_tokens}"
+                f"window, and a sentence may have {self.max_sentence_tokens}; raise the budget to at least "
+                f"{always_read + self.max_sentence_tokens}, or lower max_sentence_tokens"
             )
         if self.min_sentence_tokens > self.max_sentence_tokens:
             raise ValueError(

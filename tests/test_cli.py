@@ -91,7 +91,7 @@ class TestAsk:
         found = re.findall(r"^ *\d+\.\d%  \d+% in, line \d+ ", err, re.MULTILINE)
         assert len(found) == 5
         assert re.search(r"^all fetched sentences \d+\.\d%; the rest went to", err, re.MULTILINE)
-        assert max(map(len, err.splitlines())) <= 100
+        assert all(len(line) <= 100 for line in err.splitlines() if str(text) not in line)
         assert all(line == line.rstrip() for line in err.splitlines())
 
     def test_json(self, run: Run, model: str, text: Path) -> None:
@@ -260,7 +260,7 @@ class TestBadInput:
             (["ask", "TEXT", "Who?", "--policy-option", "group=min"], "group must be 'max' or 'mean', got 'min'"),
             (["ask", "TEXT", "Who?", "--policy-option", "group"], "must be NAME=VALUE, got 'group'"),
             (["ask", "TEXT", "Who?", "--temperature", "-1"], "temperature must be 0 .* got -1"),
-            (["ask", "TEXT", "Who?", "--max-new-tokens", "0"], "max_new_tokens must be .* at least 1, got 0"),
+            (["ask", "TEXT", "Who?", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
             (["ask", "TEXT", "Who?", "--device", "tpu"], "device must be .* got 'tpu'"),
             (["ask", "TEXT", "Who?", "--dtype", "int8"], "dtype must be .* got 'int8'"),
             (["ask", "TEXT", "Who?", "--model", "./nowhere"], "no model folder at './nowhere'; give a folder"),
