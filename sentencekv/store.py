@@ -325,19 +325,22 @@ class HotSet:
         self._grow_table(places.num_sentences)
         slot_NK, miss_NK = resolve_hot_set(selected_NK, self._state, self._step)
         self._step += 1
-        # The plain PyTorch path needs the misses on the host: here it waits for the device.
-        head_P, rank_P = miss_NK.cpu().nonzero(as_tuple=True)
+        # The plain PyTorch path needs the misses on the host: here, once in each layer, it waits for the device.
+        miss, selected, slot = torch.stack([miss_NK.long(), selected_NK, slot_NK]).cpu()
+        head_P, rank_P = miss.nonzero(as_tuple=True)
         if head_P.numel() == 0:
             return slot_NK, 0, 0
-        sentence_P = selected_NK.cpu()[head_P, rank_P]
-        slot_P = slot_NK.cpu()[head_P, rank_P]
+        sentence_P = selected[head_P, rank_P]
         slab_P = places.slab_of[sentence_P]
-        row_P, length_P = places.row_of[sentence_P], places.length_of[sentence_P]
-        num_tokens = 0
-        for slab_id in slab_P.unique().tolist():
-            here = slab_P == slab_id
-            host_kv = places.slabs[slab_id].kv_of_layer[layer]
-            num_tokens += gather_kv(host_kv, head_P[here], row_P[here], length_P[here], slot_P[here], self.kv)
+        num_tokens = gather_kv(
+            {i: places.slabs[i].kv_of_layer[layer] for i in slab_P.unique().tolist()},
+            slab_P,
+            head_P,
+            places.row_of[sentence_P],
+            places.length_of[sentence_P],
+            slot[head_P, rank_P],
+            self.kv,
+        )
         return slot_NK, head_P.numel(), num_tokens
 
     def grown(self, num_slots: int) -> HotSet:

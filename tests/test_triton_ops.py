@@ -174,17 +174,18 @@ def test_resolve_nothing(device: torch.device) -> None:
     assert slot.shape == miss.shape == (2, 0)
 
 
-def test_gather_copies_whole_sentences_and_nothing_else(device: torch.device) -> None:
-    host = torch.randn(2, 100, 2, 8)
+def test_gather_copies_whole_sentences_and_touches_no_other_slot(device: torch.device) -> None:
+    slabs = {3: torch.randn(2, 100, 2, 8), 9: torch.randn(2, 40, 2, 8)}
     hot = torch.full((2, 4, 6, 2, 8), torch.nan, device=device)
-    head, start = torch.tensor([0, 1, 1]), torch.tensor([0, 94, 7])
+    slab, head, row = torch.tensor([3, 3, 9]), torch.tensor([0, 1, 1]), torch.tensor([0, 94, 39])
     length, slot = torch.tensor([3, 6, 1]), torch.tensor([2, 0, 3])
-    assert gather_kv(host, head, start, length, slot, hot) == 10
-    for h, r, n, s in zip(head.tolist(), start.tolist(), length.tolist(), slot.tolist(), strict=True):
-        assert torch.equal(hot[h, s, :n].cpu(), host[h, r : r + n])
+    assert gather_kv(slabs, slab, head, row, length, slot, hot) == 10
+    for i, h, r, n, s in zip(*(t.tolist() for t in (slab, head, row, length, slot)), strict=True):
+        assert torch.equal(hot[h, s, :n].cpu(), slabs[i][h, r : r + n])
     untouched = [(0, 0), (0, 1), (0, 3), (1, 1), (1, 2)]
     assert all(hot[h, s].isnan().all() for h, s in untouched)
-    assert gather_kv(host, head[:0], start[:0], length[:0], slot[:0], hot) == 0
+    none = torch.empty(0, dtype=torch.int64)
+    assert gather_kv(slabs, none, none, none, none, none, hot) == 0
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
