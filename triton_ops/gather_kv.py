@@ -18,7 +18,7 @@ def gather_kv_ref(
     """Copy P sentences of one layer from host memory into slots; returns the number of tokens copied.
 
     Args:
-        slabs: `[N, capacity, 2, H]` each, in host memory (pinned where there is a GPU); K and V of a token are adjacent.
+        slabs: `[N, capacity, 2, H]` each, in host memory (pinned where there is a GPU); a token's K and V are adjacent.
         slab_P, head_P, row_P, length_P, slot_P: int64 `[P]` on the host: key in `slabs`, KV head, first row, rows and
             destination slot of each sentence.
         hot_kv: `[N, C, M, 2, H]` on the device; mutated: rows `[0, length)` of each slot; what stands behind them is
