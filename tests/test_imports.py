@@ -48,7 +48,7 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}: relative imports hide the room; name it"
+            assert node.level == 0, f"{path}: relative imports hide where a name comes from"
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
@@ -58,16 +58,16 @@ def source_files(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def room(path: Path) -> str:
+def module_of(path: Path) -> str:
     return path.relative_to(ROOT / "sentencekv").parts[0].removesuffix(".py")
 
 
 @pytest.mark.parametrize("path", source_files("sentencekv"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_engine_imports_flow_down(path: Path) -> None:
-    here = room(path)
-    assert here in LEVEL, f"{here} is a new room: give it a level here and a line in docs/design.md"
-    rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("sentencekv.")} & set(LEVEL)
-    upward = {name for name in rooms if name != here and LEVEL[name] >= LEVEL[here]}
+    here = module_of(path)
+    assert here in LEVEL, f"{here} is new: give it a level here and a line in docs/design.md"
+    modules = {name.split(".")[1] for name in imported_modules(path) if name.startswith("sentencekv.")} & set(LEVEL)
+    upward = {name for name in modules if name != here and LEVEL[name] >= LEVEL[here]}
     assert not upward, f"{here} must not import {sorted(upward)}"
     tops = {name.partition(".")[0] for name in imported_modules(path)}
     assert not tops & OUTSIDE, f"{here} imports {sorted(tops & OUTSIDE)}, which are not installed"
@@ -82,7 +82,7 @@ def test_ops_import_torch_and_triton_only(path: Path) -> None:
 
 def test_only_attention_touches_the_attention_interface() -> None:
     for path in source_files("sentencekv"):
-        if room(path) != "attention":
+        if module_of(path) != "attention":
             assert "_attn_implementation" not in path.read_text(encoding="utf-8")
             assert "AttentionInterface" not in path.read_text(encoding="utf-8")
 

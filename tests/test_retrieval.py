@@ -1,4 +1,4 @@
-"""The claim itself, on the embedded model: the default policy answers what dense attention answers, on a small budget."""
+"""The claim itself, on the embedded model: on a small budget the default policy answers what dense attention does."""
 
 import pytest
 
