@@ -239,6 +239,7 @@ class Session:
             [extent.summaries(layer) for extent in places.extents],
             places.length_on_device,
             scale=scale,
+            longest=self.config.max_sentence_tokens,
             room_tokens=self.config.room_tokens,
             max_selected=self._max_selected(),
         )

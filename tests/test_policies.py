@@ -46,7 +46,7 @@ def test_formulas() -> None:
     }
     for name, values in expected.items():
         policy = policies.load(name)
-        got = policy.logits(q, policy.summarize(key, offsets), length, scale=0.3)
+        got = policy.logits(q, policy.summarize(key, offsets), length, scale=0.3, longest=32)
         torch.testing.assert_close(got[0, 0], torch.stack(values).float(), rtol=1e-4, atol=1e-4)
 
 
@@ -63,10 +63,12 @@ def test_codes_approach_the_true_mass_with_more_bits() -> None:
         tables = policy.summarize(key, offsets)
         assert tables[1].dtype == torch.uint8
         assert tables[1].shape == (58, 3, -(-20 * bits // 8))
-        error[bits] = (policy.logits(q, tables, length, scale=0.3) - truth).abs().mean()
+        error[bits] = (policy.logits(q, tables, length, scale=0.3, longest=32) - truth).abs().mean()
     assert error[4] < 0.1 < error[1]
     assert error[4] < error[2] < error[1]
-    one_token = policies.load("codes").logits(q, policies.load("codes").summarize(key, offsets), length, scale=0.3)
+    one_token = policies.load("codes").logits(
+        q, policies.load("codes").summarize(key, offsets), length, scale=0.3, longest=32
+    )
     torch.testing.assert_close(one_token[..., 1], truth[..., 1])
     with pytest.raises(ValueError, match="bits must be 1, 2 or 4, got 3"):
         policies.load("codes", {"bits": 3})
@@ -80,7 +82,7 @@ def test_parts_are_scored_as_one(name: str) -> None:
     q = torch.randn(2, 3, 8)
     whole = [policy.summarize(key, offsets)]
     split = [policy.summarize(key[:20], offsets[:5]), policy.summarize(key[20:], offsets[4:] - 20)]
-    options = {"scale": 0.4, "room_tokens": 20, "max_selected": 5}
+    options = {"scale": 0.4, "longest": 9, "room_tokens": 20, "max_selected": 5}
     assert torch.equal(policy.select(q, whole, length, **options), policy.select(q, split, length, **options))
 
 
@@ -88,7 +90,7 @@ def test_box_is_an_upper_bound() -> None:
     key, offsets, length = split_keys([8] * 8)
     q = torch.randn(1, 1, 8)
     policy = policies.load("box")
-    bound = policy.logits(q, policy.summarize(key, offsets), length, scale=1.0)[0, 0]
+    bound = policy.logits(q, policy.summarize(key, offsets), length, scale=1.0, longest=32)[0, 0]
     best = (key[:, 0] @ q[0, 0]).view(8, 8).amax(1)
     assert (bound >= best - 1e-5).all()
 
@@ -101,6 +103,6 @@ def test_moments_is_exact_for_gaussian_keys() -> None:
     q = torch.randn(1, 1, 8)
     policy = policies.load("moments")
     offsets = torch.tensor([0, key.shape[0]])
-    estimate = policy.logits(q, policy.summarize(key, offsets), offsets[1:], scale=1.0)
+    estimate = policy.logits(q, policy.summarize(key, offsets), offsets[1:], scale=1.0, longest=200_000)
     truth = torch.logsumexp(key[:, 0] @ q[0, 0], dim=0)
     torch.testing.assert_close(estimate[0, 0, 0], truth, rtol=0, atol=0.1)

@@ -122,7 +122,7 @@ class Scripted(Policy):
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
         return (key_TNH[offsets[:-1]], key_TNH)
 
-    def select(self, q_NGH, parts, length_S, *, scale, room_tokens, max_selected) -> Tensor:
+    def select(self, q_NGH, parts, length_S, *, scale, longest, room_tokens, max_selected) -> Tensor:
         assert sum(table.shape[0] for table, _ in parts) == length_S.numel()
         assert sum(table.shape[0] for _, table in parts) == length_S.sum()
         return self.script[0].to(q_NGH.device)

@@ -87,7 +87,8 @@ def test_score_codes_is_logsumexp_over_decoded_keys(device: torch.device) -> Non
     code = encode_keys(key, box, offsets, bits=2)
     length = torch.tensor(lengths, device=device)
     decoded = decode_keys_ref(code, box.repeat_interleave(length, dim=0), bits=2)
-    got = score_codes(q, box, code, length, scale=0.5, bits=2)
+    got = score_codes(q, box, code, length, scale=0.5, bits=2, longest=32)
+    torch.testing.assert_close(score_codes(q, box, code, length, scale=0.5, bits=2, longest=40), got)
     for s, part in enumerate(decoded.split(lengths)):
         expected = torch.logsumexp(0.5 * torch.einsum("ngh,tnh->ngt", q, part), dim=-1)
         torch.testing.assert_close(got[:, :, s], expected, rtol=1e-4, atol=1e-5)

@@ -48,8 +48,11 @@ class Policy:
         """
         raise NotImplementedError
 
-    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float) -> Tensor:
-        """How much each query head wants each sentence of some tables, `[N, G, S]` float32, as a log of mass."""
+    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float, longest: int) -> Tensor:
+        """How much each query head wants each sentence of some tables, `[N, G, S]` float32, as a log of mass.
+
+        No sentence has more than `longest` tokens: a bound that is known without asking the device.
+        """
         raise NotImplementedError
 
     def select(
@@ -59,6 +62,7 @@ class Policy:
         length_S: Tensor,
         *,
         scale: float,
+        longest: int,
         room_tokens: int,
         max_selected: int,
     ) -> Tensor:
@@ -69,12 +73,13 @@ class Policy:
             parts: the session's tables, one tuple for each extent; the first table has a row for each sentence.
             length_S: int64, tokens of each sentence, over all parts.
             scale: of the attention logits.
+            longest: at least as many tokens as any sentence has.
         """
         logits = []
         first = 0
         for tables in parts:
             stop = first + tables[0].shape[0]
-            logits.append(self.logits(q_NGH, tables, length_S[first:stop], scale=scale))
+            logits.append(self.logits(q_NGH, tables, length_S[first:stop], scale=scale, longest=longest))
             first = stop
         score_NS = group_scores(torch.cat(logits, dim=-1), group=self.group)
         return select_sentences(score_NS, length_S, room_tokens=room_tokens, max_selected=max_selected)

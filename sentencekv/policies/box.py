@@ -21,5 +21,5 @@ class Box(Policy):
         centre = 0.5 * (moments.maximum + moments.minimum)
         return (torch.stack([centre, moments.maximum - centre], dim=2),)
 
-    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float) -> Tensor:
+    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float, longest: int) -> Tensor:
         return score_sentences(q_NGH, tables[0], scale=scale, spread="abs", bias_S=None)

@@ -31,6 +31,6 @@ class Codes(Policy):
         box_SN2H = torch.stack([moments.minimum, moments.maximum], dim=2)
         return box_SN2H, encode_keys(key_TNH, box_SN2H, offsets, bits=self.bits)
 
-    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float) -> Tensor:
+    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float, longest: int) -> Tensor:
         box_SN2H, code_TNW = tables
-        return score_codes(q_NGH, box_SN2H, code_TNW, length_S, scale=scale, bits=self.bits)
+        return score_codes(q_NGH, box_SN2H, code_TNW, length_S, scale=scale, bits=self.bits, longest=longest)

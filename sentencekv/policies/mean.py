@@ -15,5 +15,5 @@ class Mean(Policy):
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         return (summarize(key_TNH, offsets).mean[:, :, None],)
 
-    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float) -> Tensor:
+    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float, longest: int) -> Tensor:
         return score_sentences(q_NGH, tables[0], scale=scale, spread="square", bias_S=None)

@@ -21,6 +21,6 @@ class Moments(Policy):
         moments = summarize(key_TNH, offsets)
         return (torch.stack([moments.mean, 0.5 * moments.variance], dim=2),)
 
-    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float) -> Tensor:
+    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float, longest: int) -> Tensor:
         bias_S = torch.log(length_S.to(torch.float32))
         return score_sentences(q_NGH, tables[0], scale=scale, spread="square", bias_S=bias_S)
