@@ -254,7 +254,7 @@ class TestBadInput:
             (["ask", "nowhere.txt", "Who?"], "no file or directory 'nowhere.txt'; check the path"),
             (["ask", "TEXT", " "], "the question is empty"),
             (["ask", "TEXT", "Who?", "--budget", "64"], r"must exceed .* \(80\), got 64; raise the budget"),
-            (["ask", "TEXT", "Who?", "--budget", "few"], r"'--budget': .*got 'few'"),
+            (["ask", "TEXT", "Who?", "--budget", "few"], r"'--budget': .*'few'"),
             (["ask", "TEXT", "Who?", "--policy", "best"], "unknown policy 'best'; available: box, "),
             (["ask", "TEXT", "Who?", "--policy-option", "size=3"], r"unknown option 'size' of policy '\w+'; it has"),
             (["ask", "TEXT", "Who?", "--policy-option", "group=min"], "group must be 'max' or 'mean', got 'min'"),
