@@ -1,6 +1,6 @@
 """Facts hidden in a text, asked for one by one: exact answers by policy, budget and context length.
 
-    python -m eval.needle --policies full,moments,mean,window --budgets 256 --contexts 4096
+    python -m eval.needle --policies full,codes,moments,mean,window --budgets 256 --contexts 4096
 
 Every policy reads the same texts and gets the same questions, with greedy decoding. The text is generated prose, or
 files of your own with `--text`. Prints a table, then one JSON line.
@@ -69,7 +69,7 @@ def score(lm: LongContextLM, case: Case) -> list[bool]:
 
 def main(
     model: Annotated[str, typer.Option(help="Model folder, hub name, or 'pocket'.")] = "pocket",
-    policies: Annotated[str, typer.Option(help="Comma-separated policies.")] = "full,moments,box,mean,window",
+    policies: Annotated[str, typer.Option(help="Comma-separated policies.")] = "full,codes,moments,box,mean,window",
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in tokens.")] = "256",
     contexts: Annotated[str, typer.Option(help="Comma-separated context lengths in tokens.")] = "4096",
     cases: Annotated[int, typer.Option(min=1, help="Texts per length.")] = 3,

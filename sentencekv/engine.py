@@ -76,9 +76,12 @@ class Engine:
                 f"the tokenizer gave token {largest} and the model knows {self._num_embeddings}; give the model's own "
                 "tokenizer, or resize the model's embeddings"
             )
+        longest_sentence = self.config.max_sentence_tokens
         rows = [
-            host_tokens(0 if before else len(p.token_ids), new_tokens + (len(p.token_ids) if before else 0))
-            for p in prompts
+            host_tokens(0, len(prompt.token_ids) + new_tokens, longest_sentence)
+            if before
+            else host_tokens(len(prompt.token_ids), new_tokens, longest_sentence)
+            for prompt in prompts
         ]
         self.memory.check(sum(rows) * self.kv_bytes_per_token())
 

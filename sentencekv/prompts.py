@@ -79,7 +79,8 @@ def encode_appended(tokenizer: PreTrainedTokenizerBase, before: str, text: str, 
     spans = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     first = int(np.searchsorted(spans[:, 0], len(anchor)))
     alone = encode(tokenizer, text, config, special_tokens=False)
-    if first == 0 or first == len(spans) or spans[first - 1, 1] > len(anchor):
+    clean = 0 < first < len(spans) and spans[first - 1, 1] <= len(anchor) == spans[first, 0]
+    if not clean:
         return alone
     token_ids = list(encoded["input_ids"])[first:]
     if token_ids == alone.token_ids:

@@ -91,7 +91,7 @@ class Session:
     def begin(self, num_new: int, *, exact: bool, expected_tokens: int = 0) -> None:
         """Start a pass of `num_new` tokens. `exact`: they attend to everything; else one token, sentences selected.
 
-        `expected_tokens`: how many tokens this session will close from here on, if known; sizes host memory.
+        `expected_tokens`: how many tokens will be read from here on, these included, if known; sizes host memory.
         """
         assert self._pass is None, "the previous pass was not ended"
         assert exact or num_new == 1, "sparse passes are one token long"
@@ -104,7 +104,8 @@ class Session:
             if self._own is None:
                 self._own = Extent(self.memory, self.device)
                 self._extents.append(self._own)
-            runs = self._own.place(self._closed_end, closing, expected_tokens)
+            recent_tokens = max(self.num_tokens - self._closed_end, 0)
+            runs = self._own.place(self._closed_end, closing, expected_tokens + recent_tokens)
         if not exact and self._own is not None:
             self._own.flush()
         self._pass = _Pass(num_new, exact, closing, runs)
@@ -239,7 +240,7 @@ class Session:
             [extent.summaries(layer) for extent in places.extents],
             places.length_on_device,
             scale=scale,
-            longest=self.config.max_sentence_tokens,
+            longest=places.longest,
             room_tokens=self.config.room_tokens,
             max_selected=self._max_selected(),
         )

@@ -40,13 +40,21 @@ def available_host_bytes() -> int:
     return max(available, 0)
 
 
-def host_tokens(context_tokens: int, more_tokens: int = 0) -> int:
-    """Rows of host memory that a context takes at most, and `more_tokens` closed after it bit by bit."""
-    whole, rest = divmod(context_tokens, _LARGE_SLAB_TOKENS)
-    rows = whole * _LARGE_SLAB_TOKENS + (_slab_tokens(rest, 0) if rest else 0)
-    # Each slab may end with rows too few for the next sentence; they move to one small slab more.
-    rows += _SMALL_SLAB_TOKENS if whole else 0
-    return rows + -(-more_tokens // _SMALL_SLAB_TOKENS) * _SMALL_SLAB_TOKENS
+def host_tokens(context_tokens: int, more_tokens: int, longest: int) -> int:
+    """Rows of host memory that a context takes at most, and `more_tokens` closed after it bit by bit.
+
+    A slab may end with rows too few for the next sentence, of up to `longest` tokens; its last rows then stay empty.
+    """
+    rows = 0
+    if context_tokens:
+        usable = max(_LARGE_SLAB_TOKENS - longest + 1, 1)
+        num_slabs = -(-context_tokens // usable)
+        rest = context_tokens - (num_slabs - 1) * usable
+        rows += (num_slabs - 1) * _LARGE_SLAB_TOKENS + _slab_tokens(rest, longest)
+    if more_tokens:
+        slab = _slab_tokens(0, longest)
+        rows += -(-more_tokens // max(slab - longest + 1, 1)) * slab
+    return rows
 
 
 class HostMemory:
@@ -274,6 +282,7 @@ class Places:
         self.start_of, self.length_of, self.slab_of, self.row_of = torch.cat(tables).unbind(dim=1)
         self.length_on_device = self.length_of.to(device)
         self.num_tokens = int(self.length_of.sum())
+        self.longest = max(self.length_of.tolist(), default=0)
 
     @property
     def num_sentences(self) -> int:

@@ -1,7 +1,7 @@
 """Prompts: sections, appended text, the frame around documents, tails."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sentencekv import Config
@@ -48,6 +48,19 @@ def test_appended_text_is_whole(tokenizer: PreTrainedTokenizerFast, prose: str, 
     appended = encode_appended(tokenizer, prose[:200], text, CONFIG)
     assert tokenizer.decode(appended.token_ids) == text
     assert appended.ends[-1] == len(appended.token_ids)
+
+
+def test_a_mark_that_would_join_the_text_before_it_is_kept(prose: str) -> None:
+    """Under NFC an accent melts into the letter before it; appended text keeps it."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([prose], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    composing = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    appended = encode_appended(composing, "A small cafe", "\u0301 there", CONFIG)
+    assert composing.decode(appended.token_ids) == "\u0301 there"
 
 
 def test_streamed_text_keeps_its_first_space(metaspace: PreTrainedTokenizerFast) -> None:

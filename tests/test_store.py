@@ -40,21 +40,26 @@ def test_rows_come_back_in_order(large: int, device: torch.device, monkeypatch: 
         assert torch.equal(rows, kv[:, begin : begin + lengths[sentence]].cpu())
     assert first.slabs[0].kv_of_layer[0].is_pinned() == (device.type == "cuda")
     taken = sum(slab.capacity_tokens for slab in first.slabs + second.slabs)
-    assert taken <= host_tokens(237) + host_tokens(163)
+    assert taken <= host_tokens(237, 0, 32) + host_tokens(163, 0, 32)
 
 
 def test_host_tokens_is_enough_for_any_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemory(None, pinned=False)
     generator = torch.Generator().manual_seed(0)
-    for total in (1, 200, 256, 257, 4000, 4096, 4097, 9000, 40_000):
-        for _ in range(5):
+    for total in (1, 200, 256, 257, 4000, 4096, 4097, 9000, 33_700, 40_000, 131_072):
+        for _ in range(3):
             lengths: list[int] = []
             while sum(lengths) < total:
                 length = int(torch.randint(1, 33, (), generator=generator))
                 lengths.append(min(length, total - sum(lengths)))
             extent = Extent(memory, torch.device("cpu"))
             extent.place(0, lengths, total)
-            assert sum(slab.capacity_tokens for slab in extent.slabs) <= host_tokens(total)
+            assert sum(slab.capacity_tokens for slab in extent.slabs) <= host_tokens(total, 0, 32)
+            bit_by_bit = Extent(memory, torch.device("cpu"))
+            for length in lengths[:300]:
+                bit_by_bit.place(0, [length])
+            taken = sum(slab.capacity_tokens for slab in bit_by_bit.slabs)
+            assert taken <= host_tokens(0, sum(lengths[:300]), 32)
 
 
 def test_memory_is_bounded_and_counted() -> None:

@@ -1,4 +1,4 @@
-"""Train the pocket model: `python -m training.train --books DIR --out DIR --minutes 18`.
+"""Train the pocket model: `python -m training.train --books DIR --out DIR --minutes 10.5`.
 
 Three stages of growing context, times as shares of the minutes: 1K, 8K, 33K tokens. Muon for the matrices of the
 layers, AdamW for the rest, bf16 autocast, an exponential average of the weights as the result. Writes the model folder
@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True, help="folder of *.txt.gz to train on")
     parser.add_argument("--heldout", type=Path, help="folder of *.txt.gz for the held-out loss of the reports")
     parser.add_argument("--out", type=Path, required=True, help="folder to write: model/, work/, log.jsonl")
-    parser.add_argument("--minutes", type=float, default=18.0)
+    parser.add_argument("--minutes", type=float, default=10.5)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--answer-weight", type=float, default=1.0)
