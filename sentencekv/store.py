@@ -282,7 +282,7 @@ class Places:
         self.start_of, self.length_of, self.slab_of, self.row_of = torch.cat(tables).unbind(dim=1)
         self.length_on_device = self.length_of.to(device)
         self.num_tokens = int(self.length_of.sum())
-        self.longest = max(self.length_of.tolist(), default=0)
+        self.longest = int(self.length_of.max()) if self.num_tokens else 0
 
     @property
     def num_sentences(self) -> int:
