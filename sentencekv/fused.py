@@ -1,0 +1,383 @@
+"""A model's own layers in five kernels each, for the few rows of a decoding step.
+
+Layers of the Llama pattern are found by their parts, not by their names, and each is taken only if it computes, on
+random hidden states, what the layer's own forward computes; all others are left as they are. Nothing is copied, and
+the model is changed only inside `FusedLayers.active`, where those layers have a `forward` of their own.
+
+Knows layers and the keywords that models hand them. Knows nothing of what `session.attend` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sentencekv.attention import _NO_MASK_SHAPE, NAME, _attention_as
+from triton_ops.gated_linear import Activation, gated_linear
+from triton_ops.linear import MAX_ROWS, linear
+from triton_ops.rms_norm import rms_norm_ref
+from triton_ops.rotary import rotary
+
+_LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
+
+_CHECKED_POSITIONS = ([3], [0, 700, 100_003])
+"""Of the rows that a layer is checked with, in two passes; one is far, since some models scale far queries."""
+_CHECKED_SCALES = (0.02, 1.0)
+"""Of random hidden states. Small ones, since then the layer's own contribution stands out from the residual."""
+_LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Largest difference, as a share of what the layer adds to its input, on top of one rounding of the output."""
+
+
+class _UnfitError(Exception):
+    """Why a layer cannot be fused; caught here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Norm:
+    module: Any
+    eps: float
+    offset: float
+
+
+class _FixedAttention:
+    """Stands in for a session: remembers how it was called; mixes queries, keys and values, token by token."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, float, int | None, float | None, int, int]] = []
+
+    def attend(
+        self,
+        layer: int,
+        q_ALH: Tensor,
+        k_NLH: Tensor,
+        v_NLH: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        self.calls.append((layer, scale, sliding_window, softcap, k_NLH.shape[0], k_NLH.shape[2]))
+        group = q_ALH.shape[0] // k_NLH.shape[0]
+        # Dimensions of k are shifted, so that it does not look the same when q and k are confused.
+        mixed_NLH = v_NLH.float() + 0.5 * k_NLH.float().roll(1, -1)
+        return (mixed_NLH.repeat_interleave(group, 0) + 0.5 * q_ALH.float()).to(q_ALH.dtype)
+
+
+@dataclasses.dataclass
+class _Call:
+    """How the model calls a layer: everything but the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class _FusedLayer:
+    """The forward of one layer. Weights are looked up in the modules at every call: they may be moved or replaced."""
+
+    def __init__(self, layer: Any) -> None:
+        self.own_forward: Callable[..., Any] = layer.forward
+        _check_parts(layer)
+        self.attention, self.mlp = layer.self_attn, layer.mlp
+        self.input_norm = _norm_of(layer.input_layernorm)
+        self.mlp_norm = _norm_of(layer.post_attention_layernorm)
+        self.q_norm, self.k_norm = (
+            _norm_of(getattr(self.attention, name)) if hasattr(self.attention, name) else None
+            for name in ("q_norm", "k_norm")
+        )
+        self.head_norm = self.q_norm or self.k_norm or self.input_norm
+        for norm in (self.q_norm, self.k_norm):
+            if norm and (norm.eps, norm.offset) != (self.head_norm.eps, self.head_norm.offset):
+                raise _UnfitError("its query and key norms are of two kinds")
+        self.activation = _activation_of(self.mlp.act_fn)
+        self.rotates = True
+        # Known once the layer's own forward has been watched.
+        self.layer_number = 0
+        self.scale = 1.0
+        self.sliding_window: int | None = None
+        self.num_kv_heads = 0
+        self.head_dim = 0
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """What the layer's own forward returns. Passes that are no decoding step go to that one."""
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        session = keywords.get("session")
+        if session is None or hidden.shape[0] != 1 or hidden.shape[1] > MAX_ROWS:
+            return self.own_forward(*arguments, **keywords)
+        return self.step(hidden[0], keywords["position_embeddings"], session)[None]
+
+    def step(self, hidden_LI: Tensor, position_embeddings: tuple[Tensor, Tensor], session: Any) -> Tensor:
+        """Hidden states `[L, I]` of one token for each of L sequences, through the layer."""
+        attention, mlp = self.attention, self.mlp
+        qkv_LO = linear(
+            hidden_LI,
+            (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+            _present(attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias),
+            norm_weight_I=self.input_norm.module.weight,
+            norm_eps=self.input_norm.eps,
+            norm_offset=self.input_norm.offset,
+        )
+        cos, sin = (table[0] for table in position_embeddings) if self.rotates else (None, None)
+        heads = rotary(
+            qkv_LO,
+            cos,
+            sin,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            q_norm_H=self.q_norm.module.weight if self.q_norm else None,
+            k_norm_H=self.k_norm.module.weight if self.k_norm else None,
+            norm_eps=self.head_norm.eps,
+            norm_offset=self.head_norm.offset,
+        )
+        output_ALH = session.attend(
+            self.layer_number,
+            heads.q_BAH.transpose(0, 1),
+            heads.k_BNH.transpose(0, 1),
+            heads.v_BNH.transpose(0, 1),
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            softcap=None,
+        )
+        hidden_LI = linear(
+            output_ALH.transpose(0, 1).reshape(hidden_LI.shape[0], -1),
+            (attention.o_proj.weight,),
+            _present(attention.o_proj.bias),
+            residual_BO=hidden_LI,
+        )
+        gated_LO = gated_linear(
+            hidden_LI,
+            mlp.gate_proj.weight,
+            mlp.up_proj.weight,
+            mlp.gate_proj.bias,
+            mlp.up_proj.bias,
+            activation=self.activation,
+            norm_weight_I=self.mlp_norm.module.weight,
+            norm_eps=self.mlp_norm.eps,
+            norm_offset=self.mlp_norm.offset,
+        )
+        return linear(gated_LO, (mlp.down_proj.weight,), _present(mlp.down_proj.bias), residual_BO=hidden_LI)
+
+    def check(self, layer: nn.Module, calls: Sequence[_Call]) -> None:
+        """Raise _UnfitError unless the layer's own forward and this one agree on calls that the model made."""
+        weight = self.attention.q_proj.weight
+        generator = torch.Generator().manual_seed(0)
+        first = True
+        for call in calls:
+            cos = call.keywords["position_embeddings"][0]
+            for scale in _CHECKED_SCALES:
+                hidden = torch.randn(1, cos.shape[1], weight.shape[1], generator=generator) * scale
+                hidden = hidden.to(weight.device, weight.dtype)
+                watched = _FixedAttention()
+                own = layer(hidden, *call.arguments, **{**call.keywords, "session": watched})
+                if not isinstance(own, Tensor) or len(watched.calls) != 1:
+                    raise _UnfitError("it does not return hidden states alone, or does not attend once")
+                self._learn(watched)
+                agrees = self._agrees(own, hidden, call)
+                if first and not agrees:
+                    # Layers without rotation are handed the tables nevertheless.
+                    self.rotates = False
+                    agrees = self._agrees(own, hidden, call)
+                first = False
+                if not agrees:
+                    raise _UnfitError("it computes something else than the parts it has suggest")
+
+    def _learn(self, watched: _FixedAttention) -> None:
+        self.layer_number, self.scale, self.sliding_window, softcap, self.num_kv_heads, self.head_dim = watched.calls[0]
+        if softcap is not None:
+            raise _UnfitError("it caps its attention scores")
+        if self.attention.v_proj.out_features != self.num_kv_heads * self.head_dim:
+            raise _UnfitError("its projections are not one head after the other")
+        for norm in (self.q_norm, self.k_norm):
+            if norm and norm.module.weight.shape != (self.head_dim,):
+                raise _UnfitError("its query or key norm goes over more than a head")
+
+    def _agrees(self, own: Tensor, hidden: Tensor, call: _Call) -> bool:
+        cos, sin = call.keywords["position_embeddings"]
+        if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[2] > self.head_dim:
+            raise _UnfitError("its rotary tables are of an unknown shape")
+        ours = self.step(hidden[0], (cos, sin), _FixedAttention())
+        truth = own[0].float()
+        added = (truth - hidden[0].float()).norm()
+        error = (ours.float() - truth).norm()
+        limit = _LIMIT[own.dtype] * added + torch.finfo(own.dtype).eps * truth.norm()
+        return bool((error <= limit) & error.isfinite())
+
+
+class FusedLayers:
+    """Those layers of a loaded model that can run in five kernels, and a context in which they do.
+
+    Args:
+        model: in evaluation mode, and supported by `attention.check_supported`. Runs two short passes here.
+        force: also on a CPU and in float32, through the ops' references: for tests. Otherwise layers are fused where
+            their weights are 16-bit on a GPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, force: bool = False) -> None:
+        self.left_alone: dict[str, str] = {}
+        """Name of each layer that looks like a decoder layer but is not fused, and why."""
+        self._fused: list[tuple[nn.Module, _FusedLayer]] = []
+        self._num_active = 0
+        found = {}
+        for name, module in model.named_modules():
+            if isinstance(getattr(module, "self_attn", None), nn.Module):
+                try:
+                    found[name] = (module, _FusedLayer(module))
+                    _check_weights(found[name][1], force)
+                except _UnfitError as reason:
+                    found.pop(name, None)
+                    self.left_alone[name] = str(reason)
+        if not found:
+            return
+        with torch.inference_mode():
+            calls = [_watch(model, [module for module, _ in found.values()], at) for at in _CHECKED_POSITIONS]
+            with _attention_as(model, NAME):
+                for name, (module, fused) in found.items():
+                    try:
+                        fused.check(module, [_usable(watched.get(module)) for watched in calls])
+                        self._fused.append((module, fused))
+                    except _UnfitError as reason:
+                        self.left_alone[name] = str(reason)
+
+    @property
+    def num_fused(self) -> int:
+        """Layers that run in five kernels."""
+        return len(self._fused)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the layers' `forward` is the fused one wherever they are called with a session and few rows.
+
+        May be entered again inside itself. CUDA graphs captured inside stay valid outside.
+        """
+        self._num_active += 1
+        if self._num_active == 1:
+            for layer, fused in self._fused:
+                layer.forward = fused  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            self._num_active -= 1
+            if self._num_active == 0:
+                for layer, _ in self._fused:
+                    del layer.forward
+
+
+def _present(*biases: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(bias for bias in biases if bias is not None)
+
+
+def _check_parts(layer: Any) -> None:
+    """Raise _UnfitError unless the layer has the parts of the pattern, no others, and nobody listens in on them."""
+
+    def names(module: Any) -> set[str]:
+        return {name for name, _ in module.named_children()}
+
+    if names(layer) != _LAYER_PARTS:
+        raise _UnfitError(f"its parts are {', '.join(sorted(names(layer)))}")
+    attention, mlp = names(layer.self_attn), names(layer.mlp)
+    if not _PROJECTIONS <= attention <= _PROJECTIONS | _HEAD_NORMS:
+        raise _UnfitError(f"its attention's parts are {', '.join(sorted(attention))}")
+    if not _MLP_PARTS <= mlp <= _MLP_PARTS | {"act_fn"} or not hasattr(layer.mlp, "act_fn"):
+        raise _UnfitError(f"its feed-forward part consists of {', '.join(sorted(mlp))}")
+    for module in (layer, layer.self_attn, layer.mlp):
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            raise _UnfitError(f"{type(module).__name__} has tensors of its own")
+    for module in layer.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            raise _UnfitError(f"{type(module).__name__} is hooked")
+
+
+def _norm_of(module: Any) -> _Norm:
+    """The norm's constants, if it is an RMSNorm; tried out on rows so small that its epsilon matters, too."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if [name for name, _ in module.named_parameters()] != ["weight"] or not isinstance(eps, float):
+        raise _UnfitError(f"{type(module).__name__} is no RMSNorm")
+    weight = module.weight
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        x = torch.randn(3, weight.shape[0], generator=generator) * torch.tensor([eps**0.5, 1.0, 30.0])[:, None]
+        x = x.to(weight.device, weight.dtype)
+        want = module(x)
+        for offset in (0.0, 1.0):
+            got = rms_norm_ref(x, weight, eps=eps, offset=offset)
+            if (got.float() - want.float()).norm() <= 4 * torch.finfo(x.dtype).eps * want.float().norm():
+                return _Norm(module, eps, offset)
+    raise _UnfitError(f"{type(module).__name__} is no RMSNorm")
+
+
+def _activation_of(function: Callable[[Tensor], Tensor]) -> Activation:
+    x = torch.linspace(-8, 8, 1001)
+    got = function(x)
+    if torch.allclose(got, F.silu(x), atol=1e-5):
+        return "silu"
+    if torch.allclose(got, F.gelu(x, approximate="tanh"), atol=1e-5):
+        return "gelu_tanh"
+    raise _UnfitError("its activation is neither SiLU nor the tanh form of GELU")
+
+
+def _check_weights(fused: _FusedLayer, force: bool) -> None:
+    """Raise _UnfitError unless all weights are plain ones that the kernels can read where they are."""
+    attention, mlp = fused.attention, fused.mlp
+    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    linears = [*qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    for module in linears:
+        if type(module) is not nn.Linear:
+            raise _UnfitError(f"it has a {type(module).__name__} in place of a plain linear layer")
+    tensors = [module.weight for module in linears]
+    tensors += [module.bias for module in linears if module.bias is not None]
+    tensors += [norm.module.weight for norm in (fused.input_norm, fused.mlp_norm, fused.q_norm, fused.k_norm) if norm]
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) != 1:
+        raise _UnfitError("its weights are of several types or on several devices")
+    if tensors[0].dtype not in _LIMIT:
+        raise _UnfitError(f"its weights are {tensors[0].dtype}")
+    if not force and (tensors[0].device.type != "cuda" or tensors[0].dtype == torch.float32):
+        raise _UnfitError("its weights are not 16-bit on a GPU")
+    if any(not tensor.is_contiguous() or tensor.data_ptr() % 16 for tensor in tensors):
+        raise _UnfitError("its weights do not lie row after row at an aligned address")
+    for group in (qkv, [mlp.gate_proj, mlp.up_proj]):
+        if len({module.bias is None for module in group}) != 1:
+            raise _UnfitError("some of its projections have a bias and some have none")
+
+
+def _usable(call: _Call | None) -> _Call:
+    if call is None:
+        raise _UnfitError("the model did not call it")
+    tables = call.keywords.get("position_embeddings")
+    if not isinstance(tables, tuple) or len(tables) != 2 or "session" not in call.keywords:
+        raise _UnfitError("it is not handed its rotary tables and the session by name")
+    return call
+
+
+def _watch(model: PreTrainedModel, layers: Sequence[nn.Module], positions: list[int]) -> dict[nn.Module, _Call]:
+    """How the model calls its layers, from a short pass."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def remember(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        rest = {name: value for name, value in keywords.items() if name != "hidden_states"}
+        calls[layer] = _Call(arguments[1:], rest)
+
+    handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
+    try:
+        with _attention_as(model, NAME):
+            model(
+                input_ids=torch.zeros(1, len(positions), dtype=torch.int64, device=model.device),
+                position_ids=torch.tensor([positions], device=model.device),
+                attention_mask=torch.zeros(_NO_MASK_SHAPE, device=model.device),
+                use_cache=False,
+                return_dict=True,
+                logits_to_keep=1,
+                session=_FixedAttention(),
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

@@ -1,0 +1,255 @@
+"""Fused layers against the model's own: same logits where they are taken, none taken that differ."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sentencekv.attention import _NO_MASK_SHAPE, NAME, _attention_as
+from sentencekv.config import Config
+from sentencekv.fused import FusedLayers
+from sentencekv.policies import load
+from sentencekv.session import Session, SessionBatch
+from sentencekv.store import HostMemory
+from tests.conftest import COMMON, make_model
+
+FUSED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama with GELU": {"hidden_act": "gelu_pytorch_tanh"},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {},
+    "ministral": {},
+    "smollm3": {},
+    "gemma": {},
+    "granite": {"residual_multiplier": 1.0},
+}
+"""Must be fused in every layer."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma2": {},
+    "gemma3_text": {},
+    "granite": {"residual_multiplier": 0.5},
+    "olmo2": {},
+    "olmo3": {},
+    "cohere2": {},
+    "gpt_neox": {},
+    "mixtral": {},
+    "qwen3_moe": {},
+    "glm4": {},
+    "phi3": {},
+}
+"""Must be left alone."""
+
+
+def make(name: str, device: torch.device, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A tiny model whose norms and biases are not all one and zero."""
+    model = make_model(name.partition(" ")[0], **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += torch.randn(parameter.shape) * 0.2
+    return model.to(device, dtype)
+
+
+class MeanOfPast:
+    """A session's stand-in: each token attends evenly to itself and to what the others are."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
+        assert keywords.keys() == {"scale", "sliding_window", "softcap"}
+        self.layers.append(layer)
+        group = q.shape[0] // k.shape[0]
+        return (q * keywords["scale"] + (k + v).repeat_interleave(group, 0)).contiguous()
+
+
+@torch.inference_mode()
+def run(model: PreTrainedModel, num_tokens: int, session: Any, positions: Tensor | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids = torch.randint(0, COMMON["vocab_size"], (1, num_tokens), generator=generator)
+    if positions is None:
+        positions = torch.randint(0, 4000, (1, num_tokens), generator=generator)
+    with _attention_as(model, NAME):
+        return model(
+            input_ids=ids.to(model.device),
+            position_ids=positions.to(model.device),
+            attention_mask=torch.zeros(_NO_MASK_SHAPE, device=model.device),
+            use_cache=False,
+            session=session,
+        ).logits[0]
+
+
+def compare(model: PreTrainedModel, fused: FusedLayers) -> None:
+    for num_tokens in (1, 2, 17, 33):
+        watched, own = MeanOfPast(), MeanOfPast()
+        want = run(model, num_tokens, own)
+        with fused.active():
+            got = run(model, num_tokens, watched)
+        assert watched.layers == own.layers
+        error = (got.float() - want.float()).norm() / want.float().norm()
+        assert error < (1e-4 if model.dtype == torch.float32 else 5e-2), (num_tokens, error)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_layers_of_the_pattern_are_fused(name: str, device: torch.device) -> None:
+    model = make(name, device, **FUSED[name])
+    fused = FusedLayers(model, force=True)
+    assert fused.left_alone == {}
+    assert fused.num_fused == model.config.num_hidden_layers
+    compare(model, fused)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_are_left_alone(name: str, device: torch.device) -> None:
+    model = make(name, device, **OTHERS[name])
+    fused = FusedLayers(model, force=True)
+    assert fused.num_fused == 0
+    compare(model, fused)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    model = make(name, torch.device("cuda"), dtype, **FUSED[name])
+    fused = FusedLayers(model)
+    assert fused.left_alone == {}
+    assert fused.num_fused == model.config.num_hidden_layers
+    compare(model, fused)
+
+
+@pytest.mark.gpu
+def test_graph() -> None:
+    """A captured step gives what the same step gives launch by launch."""
+    model = make("qwen3", torch.device("cuda"), torch.bfloat16, hidden_size=256, intermediate_size=1024)
+    fused = FusedLayers(model)
+    assert fused.num_fused == 3
+    layer = model.model.layers[1]
+    hidden = torch.randn(1, 4, 256, device="cuda", dtype=torch.bfloat16)
+    tables = model.model.rotary_emb(hidden, torch.tensor([[1, 5, 9, 77]], device="cuda"))
+    with torch.inference_mode(), fused.active():
+        for _ in range(2):
+            want = layer(hidden, position_embeddings=tables, session=MeanOfPast())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = layer(hidden, position_embeddings=tables, session=MeanOfPast())
+        for _ in range(3):
+            got.zero_()
+            graph.replay()
+            assert torch.equal(got, want)
+
+
+def test_layer_that_computes_more_is_left_alone(device: torch.device) -> None:
+    """No name gives it away: the check does."""
+    model = make("llama", device)
+
+    class Louder(type(model.model.layers[1])):  # type: ignore[misc]
+        def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+            return super().forward(*arguments, **keywords) * 1.001
+
+    model.model.layers[1].__class__ = Louder
+    fused = FusedLayers(model, force=True)
+    assert fused.num_fused == 2
+    assert "model.layers.1" in fused.left_alone
+    compare(model, fused)
+
+
+def test_queries_scaled_by_position_are_noticed(device: torch.device) -> None:
+    model = make("llama", device)
+    attention = type(model.model.layers[0].self_attn)
+
+    class FarSighted(attention):  # type: ignore[misc, valid-type]
+        def forward(self, *, hidden_states: Tensor, position_ids: Tensor, **keywords: Any) -> Any:
+            session = keywords["session"]
+
+            class Scaling:
+                def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Tensor:
+                    far = 1.0 + 0.1 * torch.log1p(position_ids[0] // 16384)
+                    return session.attend(layer, q * far[:, None], k, v, **rest)
+
+            return super().forward(hidden_states=hidden_states, **{**keywords, "session": Scaling()})
+
+    model.model.layers[2].self_attn.__class__ = FarSighted
+    fused = FusedLayers(model, force=True)
+    assert list(fused.left_alone) == ["model.layers.2"]
+
+
+def change_to_a_subclass(model: PreTrainedModel) -> None:
+    class Adapter(nn.Linear):
+        pass
+
+    model.model.layers[0].self_attn.k_proj.__class__ = Adapter
+
+
+def hook(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+
+
+def add_a_tensor(model: PreTrainedModel) -> None:
+    model.model.layers[0].scale = nn.Parameter(torch.ones(1, device=model.device))
+
+
+def transpose_a_weight(model: PreTrainedModel) -> None:
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T
+
+
+@pytest.mark.parametrize("change", [change_to_a_subclass, hook, add_a_tensor, transpose_a_weight])
+def test_unusual_parts_are_left_alone(change: Callable[[PreTrainedModel], None], device: torch.device) -> None:
+    model = make("llama", device)
+    change(model)
+    fused = FusedLayers(model, force=True)
+    assert list(fused.left_alone) == ["model.layers.0"]
+    assert fused.num_fused == 2
+    compare(model, fused)
+
+
+def test_the_model_is_unchanged_outside(device: torch.device) -> None:
+    model = make("llama", device)
+    layers = model.model.layers
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    fused = FusedLayers(model, force=True)
+    with fused.active():
+        with fused.active():
+            assert all("forward" in vars(layer) for layer in layers)
+        assert all("forward" in vars(layer) for layer in layers)
+        # Without a session, calls are the model's own.
+        ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+        inside = model(ids, use_cache=False).logits
+    assert not any("forward" in vars(layer) for layer in layers)
+    assert torch.equal(inside, model(ids, use_cache=False).logits)
+    assert before == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_nothing_is_fused_on_a_cpu_unasked() -> None:
+    fused = FusedLayers(make("llama", torch.device("cpu")))
+    assert fused.num_fused == 0
+    assert set(fused.left_alone.values()) == {"its weights are not 16-bit on a GPU"}
+
+
+def test_with_sessions(device: torch.device) -> None:
+    """Two sequences that decode side by side, their KV in sessions."""
+    model = make("qwen3", device)
+    fused = FusedLayers(model, force=True)
+    memory = HostMemory(None, pinned=device.type == "cuda")
+    config = Config(budget_tokens=64, sink_tokens=2, window_tokens=4, max_sentence_tokens=4, min_sentence_tokens=1)
+
+    def steps() -> Tensor:
+        sessions = [Session(config, load("moments"), memory, device) for _ in range(2)]
+        for session in sessions:
+            session.begin(5, exact=True)
+        run(model, 10, SessionBatch(sessions, [5, 5]), torch.arange(5).repeat(2)[None])
+        for session in sessions:
+            session.end()
+            session.begin(1, exact=False)
+        return run(model, 2, SessionBatch(sessions, [1, 1]), torch.tensor([[5, 5]]))
+
+    want = steps()
+    with fused.active():
+        torch.testing.assert_close(steps(), want, rtol=1e-3, atol=1e-3)
