@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
+from sentencekv.batch import LaneBatch, SessionBatch
 from sentencekv.config import Config
 from sentencekv.policies import load
 from sentencekv.sampling import refuse_nan
-from sentencekv.session import Session, SessionBatch
+from sentencekv.session import Session
 from sentencekv.store import HostMemory
 
 NAME = "sentencekv"
@@ -60,7 +61,7 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    session: SessionBatch | None = None,
+    session: SessionBatch | LaneBatch | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The registered function: `[1, heads, L, H]` in, `[1, L, heads, H]` out."""
@@ -141,6 +142,12 @@ def forward(
     for i, (session, length) in enumerate(zip(sessions, lengths, strict=True)):
         positions.append(torch.arange(session.num_tokens, session.num_tokens + length))
         session.begin(length, exact=exact, expected_tokens=expected_tokens[i] if expected_tokens else 0)
+    batch: SessionBatch | LaneBatch
+    if exact or not sessions[0].is_sparse:
+        batch = SessionBatch(sessions, lengths)
+    else:
+        batch = LaneBatch(sessions[0].policy)
+        batch.seat(sessions)
     keep: int | Tensor = 0 if all_logits else torch.tensor(lengths, device=device).cumsum(0) - 1
     with _attention_as(model, NAME):
         output = model(
@@ -150,7 +157,7 @@ def forward(
             use_cache=False,
             return_dict=True,
             logits_to_keep=keep,
-            session=SessionBatch(sessions, lengths),
+            session=batch,
         )
     for session in sessions:
         session.end()

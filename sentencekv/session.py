@@ -7,12 +7,14 @@ with the new tokens' queries, keys and values.
 Token order of a layer that retrieves: sink, closed sentences (extents), recent. `recent` holds the window and the
 unfinished sentence after it. A sentence closes once it lies outside the window: its KV goes to host memory, its
 summary to the extent's table. Sliding-window layers keep their own last tokens and retrieve nothing.
+
+A session that makes sparse passes keeps sink and recent tokens in its lane (`lane.py`), and goes back when it makes an
+exact one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,25 +22,44 @@ from torch import Tensor
 
 from sentencekv.config import Config
 from sentencekv.exact import exact_attention
+from sentencekv.lane import SessionLane
 from sentencekv.policies import Policy
-from sentencekv.store import Extent, HostMemory, HotSet, Places, Run
-from triton_ops import sparse_decode
+from sentencekv.store import Extent, HostMemory, Places, Run
 
 
-@dataclasses.dataclass
 class Traffic:
     """What sparse steps selected and fetched, over all layers and KV heads."""
 
-    steps: int = 0
-    num_missed: int = 0
-    tokens_fetched: int = 0
-    num_selected: int | Tensor = 0
+    def __init__(self, device: torch.device) -> None:
+        self.steps = 0
+        self.sums = torch.zeros(3, dtype=torch.int64, device=device)
+        """Sentences selected, sentences missed, tokens copied: ops add to it. Reading it waits for the device."""
+
+    def reset(self) -> None:
+        """Start to count anew."""
+        self.steps = 0
+        self.sums.zero_()
+
+    @property
+    def num_selected(self) -> int:
+        """Sentences selected."""
+        return int(self.sums[0])
+
+    @property
+    def num_missed(self) -> int:
+        """Selected sentences that were not in the hot set."""
+        return int(self.sums[1])
+
+    @property
+    def tokens_fetched(self) -> int:
+        """Tokens of the sentences missed."""
+        return int(self.sums[2])
 
     @property
     def hit_rate(self) -> float | None:
         """Share of selected sentences that were on the GPU already; None if none was selected."""
-        selected = int(self.num_selected)
-        return None if selected == 0 else 1.0 - self.num_missed / selected
+        selected, missed, _ = self.sums.tolist()
+        return None if selected == 0 else 1.0 - missed / selected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +84,7 @@ class Session:
         self.memory = memory
         self.device = device
         self.num_tokens = 0
-        self.traffic = Traffic()
+        self.traffic = Traffic(device)
         self._closed_end = config.sink_tokens
         self._ends: list[int] = []
         self.last_expected_end = 0
@@ -73,7 +94,8 @@ class Session:
         self._sink: dict[int, Tensor] = {}
         self._recent: dict[int, Tensor] = {}
         self._local: dict[int, Tensor] = {}
-        self._hot: dict[int, HotSet] = {}
+        self._window_of: dict[int, int] = {}
+        self._lane: SessionLane | None = None
         self._share_S = torch.zeros(0, device=device)
         self._pass: _Pass | None = None
         self._dense_bytes_per_token: dict[int, int] = {}
@@ -95,37 +117,104 @@ class Session:
         """
         assert self._pass is None, "the previous pass was not ended"
         assert exact or num_new == 1, "sparse passes are one token long"
-        limit = self.num_tokens + num_new - self.config.window_tokens
-        num_closing = next((i for i, end in enumerate(self._ends) if end > limit), len(self._ends))
-        starts = [self._closed_end, *self._ends[: num_closing - 1]] if num_closing else []
-        closing = [end - start for start, end in zip(starts, self._ends, strict=False)]
-        runs: list[Run] = []
-        if closing:
-            if self._own is None:
-                self._own = Extent(self.memory, self.device)
-                self._extents.append(self._own)
-            recent_tokens = max(self.num_tokens - self._closed_end, 0)
-            runs = self._own.place(self._closed_end, closing, expected_tokens + recent_tokens)
+        if not exact and self.policy.reads != "everything":
+            self.lane()
+            self._pass = _Pass(num_new, exact, [], [])
+            return
+        self._leave_lane()
+        closing, runs = self._close(self.num_tokens + num_new, expected_tokens)
         if not exact and self._own is not None:
             self._own.flush()
         self._pass = _Pass(num_new, exact, closing, runs)
 
+    def _close(self, num_tokens: int, expected_tokens: int = 0) -> tuple[list[int], list[Run]]:
+        """Give rows to the sentences that close once there are `num_tokens`: their lengths, and the runs of rows."""
+        limit = num_tokens - self.config.window_tokens
+        num_closing = next((i for i, end in enumerate(self._ends) if end > limit), len(self._ends))
+        if not num_closing:
+            return [], []
+        starts = [self._closed_end, *self._ends[: num_closing - 1]]
+        closing = [end - start for start, end in zip(starts, self._ends, strict=False)]
+        if self._own is None:
+            self._own = Extent(self.memory, self.device)
+            self._extents.append(self._own)
+        recent_tokens = max(self.num_tokens - self._closed_end, 0)
+        return closing, self._own.place(self._closed_end, closing, expected_tokens + recent_tokens)
+
     def end(self) -> None:
         """Finish the pass: its tokens are part of the context, its closed sentences can be selected."""
         assert self._pass is not None
-        self.num_tokens += self._pass.num_new
-        self.traffic.steps += not self._pass.exact
-        if self._pass.closing:
-            self._closed_end += sum(self._pass.closing)
-            self._ends = self._ends[len(self._pass.closing) :]
-            self._places = Places(self._extents, self.device)
-            missing = self._places.num_sentences - self._share_S.numel()
-            self._share_S = torch.cat([self._share_S, self._share_S.new_zeros(missing)])
-        self._pass = None
+        done, self._pass = self._pass, None
+        self.num_tokens += done.num_new
+        self.traffic.steps += not done.exact
+        closing = done.closing
+        if self._lane is not None:
+            self._lane.advance()
+            closing, runs = self._close(self.num_tokens)
+            if closing:
+                self._close_from_lane(closing, runs)
+        if closing:
+            self._closed_end += sum(closing)
+            self._ends = self._ends[len(closing) :]
+            if self._lane is None:
+                self._places = Places(self._extents, self.device)
+
+    def _close_from_lane(self, closing: list[int], runs: list[Run]) -> None:
+        """Summarise and offload sentences of all layers at once, and make them selectable."""
+        lane, own = self._lane, self._own
+        assert lane is not None
+        assert own is not None
+        self._places = Places(self._extents, self.device)
+        if lane.layers:
+            lane.offload(own, runs, self._places, closing)
+            if self.policy.reads == "selected":
+                kv_DNTH = lane.take_out(sum(closing))
+                depth, num_heads, num_tokens, _, head_dim = kv_DNTH.shape
+                key_TNH = kv_DNTH[:, :, :, 0].permute(2, 0, 1, 3).reshape(num_tokens, depth * num_heads, head_dim)
+                stacked = self._summarize(key_TNH, closing)
+                of_layer = zip(*(table.unflatten(1, (depth, num_heads)).unbind(1) for table in stacked), strict=True)
+                for layer, tables in zip(lane.layers, of_layer, strict=True):
+                    own.add_summaries(layer, tables)
+            lane.shift(sum(closing))
+        lane.set_places(self._places)
+        self._share_S = lane.share_S
+
+    def lane(self) -> SessionLane:
+        """What sparse passes read and write, current as of now; made when first asked for."""
+        assert self.policy.reads != "everything"
+        if self._lane is None:
+            if self._own is not None:
+                self._own.flush()
+            recent = {layer: torch.cat([self._sink[layer], self._recent[layer]], dim=1) for layer in self._recent}
+            self._lane = SessionLane(
+                self.config,
+                self._places,
+                recent,
+                self._local,
+                self._window_of,
+                num_tokens=self.num_tokens,
+                selects=self.policy.reads == "selected",
+                share_S=self._share_S,
+                traffic=self.traffic.sums,
+            )
+            self._share_S = self._lane.share_S
+            self._sink, self._recent, self._local = {}, {}, {}
+        return self._lane
+
+    def _leave_lane(self) -> None:
+        """Go back to tensors that are replaced, for passes that append many tokens; the hot set is given up."""
+        if self._lane is None:
+            return
+        recent, self._local = self._lane.contents()
+        num_sink = min(self.config.sink_tokens, self.num_tokens)
+        self._sink = {layer: kv[:, :num_sink].clone() for layer, kv in recent.items()}
+        self._recent = {layer: kv[:, num_sink:].clone() for layer, kv in recent.items()}
+        self._lane = None
 
     def fork(self) -> Session:
         """A session that goes on from here by itself; KV and summaries so far are shared, not copied."""
         assert self._pass is None
+        self._leave_lane()
         child = Session(self.config, self.policy, self.memory, self.device)
         child.num_tokens = self.num_tokens
         child._closed_end = self._closed_end
@@ -134,8 +223,8 @@ class Session:
         child._places = self._places
         # Tensors of the GPU tier are replaced, never written to: sharing them is safe.
         child._sink, child._recent, child._local = dict(self._sink), dict(self._recent), dict(self._local)
+        child._window_of = dict(self._window_of)
         child._dense_bytes_per_token = dict(self._dense_bytes_per_token)
-        child._share_S = torch.zeros_like(self._share_S)
         if self._own is not None:
             self._own.flush()
             self._own = None
@@ -154,7 +243,8 @@ class Session:
         sliding_window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """Attention output `[A, L, H]` of the pass's L new tokens; appends their KV.
+        """Attention output `[A, L, H]` of an exact pass's L new tokens; appends their KV. Sparse passes are batched:
+        see `batch.py`.
 
         Args:
             layer: the model's layer number.
@@ -163,16 +253,14 @@ class Session:
         """
         assert self._pass is not None
         assert q_ALH.shape[1] == self._pass.num_new
+        assert self._lane is None
         new_NLH = torch.stack([k_NLH, v_NLH], dim=2)
         self._dense_bytes_per_token[layer] = new_NLH.nbytes // new_NLH.shape[1]
         if sliding_window is not None:
             return self._attend_local(layer, q_ALH, new_NLH, scale, sliding_window, softcap)
         if layer not in self._recent:
             self._sink[layer] = self._recent[layer] = _no_tokens(new_NLH)
-        if self._pass.exact or self.policy.reads == "everything":
-            output = exact_attention(q_ALH, self._everything(layer, new_NLH), scale=scale, softcap=softcap)
-        else:
-            output = self._attend_sparse(layer, q_ALH, new_NLH, scale, softcap)
+        output = exact_attention(q_ALH, self._everything(layer, new_NLH), scale=scale, softcap=softcap)
         self._append(layer, new_NLH)
         return output
 
@@ -208,64 +296,9 @@ class Session:
         self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, sliding_window: int, softcap: float | None
     ) -> Tensor:
         kv_NTH = torch.cat([self._local[layer], new_NLH], dim=1) if layer in self._local else new_NLH
+        self._window_of[layer] = sliding_window
         self._local[layer] = kv_NTH[:, -(sliding_window - 1) :].clone() if sliding_window > 1 else _no_tokens(new_NLH)
         return exact_attention(q_ALH, kv_NTH, scale=scale, sliding_window=sliding_window, softcap=softcap)
-
-    def _attend_sparse(self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, softcap: float | None) -> Tensor:
-        num_heads, _, _, head_dim = new_NLH.shape
-        q_NGH = q_ALH.view(num_heads, -1, head_dim)
-        places = self._places
-        selected_NK = self._select(layer, q_NGH, places, scale)
-        hot = self._hot_set(layer, selected_NK.shape[1], new_NLH)
-        slot_NK, num_missed, tokens_fetched = hot.fetch(layer, selected_NK, places)
-        self.traffic.num_missed += num_missed
-        self.traffic.tokens_fetched += tokens_fetched
-        self.traffic.num_selected = self.traffic.num_selected + (selected_NK >= 0).sum()
-        resident = torch.cat([self._sink[layer], self._recent[layer], new_NLH], dim=1)
-        picked = selected_NK.clamp(min=0)
-        length_NK = places.length_on_device[picked] if places.num_sentences else picked
-        output_NGH, share_NGK = sparse_decode(q_NGH, hot.kv, slot_NK, length_NK, resident, scale=scale, softcap=softcap)
-        # Padding has share 0, so adding it to sentence 0 changes nothing.
-        self._share_S.index_add_(0, picked.flatten(), share_NGK.mean(dim=1).flatten() / num_heads)
-        return output_NGH.reshape(-1, 1, head_dim)
-
-    def _select(self, layer: int, q_NGH: Tensor, places: Places, scale: float) -> Tensor:
-        num_heads = q_NGH.shape[0]
-        if self.policy.reads == "recent" or places.num_sentences == 0:
-            return torch.empty((num_heads, 0), dtype=torch.int64, device=self.device)
-        if places.num_tokens <= self.config.room_tokens:
-            return torch.arange(places.num_sentences, device=self.device).expand(num_heads, -1)
-        return self.policy.select(
-            q_NGH,
-            [extent.summaries(layer) for extent in places.extents],
-            places.length_on_device,
-            scale=scale,
-            longest=places.longest,
-            room_tokens=self.config.room_tokens,
-            max_selected=self._max_selected(),
-        )
-
-    def _hot_set(self, layer: int, num_selected: int, like: Tensor) -> HotSet:
-        hot = self._hot.get(layer)
-        if hot is None or hot.num_slots < num_selected:
-            # No more slots than there are sentences; when sentences are added, room to grow.
-            wanted = max(self._places.num_sentences, 2 * hot.num_slots if hot else 0)
-            wanted = 0 if self.policy.reads == "recent" else wanted
-            num_slots = max(num_selected, min(self.config.num_slots, wanted))
-            if hot is None:
-                hot = HotSet(like.shape[0], like.shape[3], num_slots, self.config.max_sentence_tokens, like)
-            else:
-                hot = hot.grown(num_slots)
-            self._hot[layer] = hot
-        return hot
-
-    def _max_selected(self) -> int:
-        """Sentences that one step may select: half as many again as the budget holds of average ones.
-
-        Between that and the shortest possible ones lies mostly empty space in the slots.
-        """
-        average = self._places.num_tokens / max(self._places.num_sentences, 1)
-        return min(self.config.max_selected, math.ceil(1.5 * self.config.room_tokens / average))
 
     def _append(self, layer: int, new_NLH: Tensor) -> None:
         assert self._pass is not None
@@ -280,18 +313,24 @@ class Session:
             closed = pending[:, :num_closing]
             self._own.write(layer, self._pass.runs, closed)
             if self.policy.reads == "selected":
-                offsets = torch.tensor([0, *self._pass.closing], device=self.device).cumsum(0)
-                tables = self.policy.summarize(closed[:, :, 0].transpose(0, 1), offsets)
-                self._own.add_summaries(layer, [_in_dtype(table, closed.dtype) for table in tables])
+                tables = self._summarize(closed[:, :, 0].transpose(0, 1), self._pass.closing)
+                self._own.add_summaries(layer, tables)
         # A clone, lest a view of a long chunk keeps all of it alive.
         self._recent[layer] = pending[:, num_closing:].clone() if num_closing or missing > 0 else pending
+
+    def _summarize(self, key_TNH: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        offsets = torch.tensor([0, *lengths], device=self.device).cumsum(0)
+        return [_in_dtype(table, key_TNH.dtype) for table in self.policy.summarize(key_TNH, offsets)]
 
     # What it holds and what it read
 
     def shares(self) -> list[float]:
         """Attention that each closed sentence got, averaged over steps, heads and layers; sums to less than 1."""
-        layers = max(len(self._hot), 1)
-        return (self._share_S / max(self.traffic.steps * layers, 1)).tolist()
+        num_layers = len(self._lane.layers) if self._lane is not None else len(self._recent)
+        share_S = torch.zeros(self.num_sentences, device=self.device)
+        known = self._share_S[: self.num_sentences]
+        share_S[: known.shape[0]] = known
+        return (share_S / max(self.traffic.steps * num_layers, 1)).tolist()
 
     def sentence_spans(self) -> list[tuple[int, int]]:
         """First and one-past-last token position of each closed sentence."""
@@ -301,7 +340,12 @@ class Session:
     @property
     def sliding_layers(self) -> set[int]:
         """Layers that were run with a sliding window so far."""
-        return set(self._local)
+        return set(self._window_of)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the pass under way is a sparse one."""
+        return self._pass is not None and self._lane is not None
 
     @property
     def num_sentences(self) -> int:
@@ -312,7 +356,7 @@ class Session:
     def device_bytes(self) -> int:
         """KV, summaries and hot set on the device (the GPU tier), shared parts included."""
         kept = sum(t.nbytes for tier in (self._sink, self._recent, self._local) for t in tier.values())
-        return kept + self.summary_bytes + sum(hot.device_bytes for hot in self._hot.values())
+        return kept + self.summary_bytes + (self._lane.device_bytes if self._lane is not None else 0)
 
     @property
     def summary_bytes(self) -> int:
@@ -341,46 +385,3 @@ def _in_dtype(table: Tensor, dtype: torch.dtype) -> Tensor:
 def _no_tokens(like_NLH: Tensor) -> Tensor:
     """KV of no tokens: storage of its own, where an empty view would keep a whole chunk alive."""
     return like_NLH.new_empty((like_NLH.shape[0], 0, *like_NLH.shape[2:]))
-
-
-class SessionBatch:
-    """Several sessions whose new tokens are packed into one row, one after another, without padding.
-
-    Packing is exact because only attention looks across tokens; it is what lets sequences of any lengths, some reading
-    and some decoding, share one forward pass.
-    """
-
-    def __init__(self, sessions: Sequence[Session], lengths: Sequence[int]) -> None:
-        assert len(sessions) == len(lengths) > 0
-        self.sessions = list(sessions)
-        self.lengths = list(lengths)
-
-    def attend(
-        self,
-        layer: int,
-        q_ALH: Tensor,
-        k_NLH: Tensor,
-        v_NLH: Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Each session's attention over its own tokens; shapes as in `Session.attend`, L summed over the sessions."""
-        outputs = []
-        start = 0
-        for session, length in zip(self.sessions, self.lengths, strict=True):
-            rows = slice(start, start + length)
-            outputs.append(
-                session.attend(
-                    layer,
-                    q_ALH[:, rows],
-                    k_NLH[:, rows],
-                    v_NLH[:, rows],
-                    scale=scale,
-                    sliding_window=sliding_window,
-                    softcap=softcap,
-                )
-            )
-            start += length
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

@@ -1,7 +1,7 @@
-"""Where KV lives: slabs of host memory behind closed sentences, and the hot set of those on the GPU.
+"""Where the KV of closed sentences lives: slabs of host memory, and the summaries that stay on the device.
 
 Knows tensors, devices and bytes; nothing of models, policies or text. On a machine without a GPU the same code runs
-with ordinary memory in place of pinned memory, and the hot set beside it.
+with ordinary memory in place of pinned memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from triton_ops import HotSetState, gather_kv, resolve_hot_set
 
 _LARGE_SLAB_TOKENS = 4096
 _SMALL_SLAB_TOKENS = 256
 _TABLE_ROOM = 256
-"""Sentences that a growing summary table makes room for at once: were it doubled, the first sentence that a reply
-closes would double the summaries of the whole context."""
+"""Rows that a growing summary table makes room for at once, or a 64th of it: were it doubled, the first sentence that a
+reply closes would double the summaries of the whole context."""
 
 
 def available_host_bytes() -> int:
@@ -190,13 +189,19 @@ class Extent:
         self.place_of = torch.cat([self.place_of, torch.tensor(placed, dtype=torch.int64).reshape(-1, 4)])
         return runs
 
+    def allocate(
+        self, layer: int, runs: Sequence[Run], num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        """Host memory of one layer for the slabs of these runs, where they have none yet."""
+        for run in runs:
+            if layer not in run.slab.kv_of_layer:
+                shape = (num_kv_heads, run.slab.capacity_tokens, 2, head_dim)
+                run.slab.kv_of_layer[layer] = self.memory.allocate(shape, dtype)
+
     def write(self, layer: int, runs: Sequence[Run], kv_NTH: Tensor) -> None:
         """Copy closed tokens `[N, T, 2, H]` of one layer to host memory; asynchronous on a GPU until `flush`."""
         num_heads, _, _, head_dim = kv_NTH.shape
-        for run in runs:
-            if layer not in run.slab.kv_of_layer:
-                shape = (num_heads, run.slab.capacity_tokens, 2, head_dim)
-                run.slab.kv_of_layer[layer] = self.memory.allocate(shape, kv_NTH.dtype)
+        self.allocate(layer, runs, num_heads, head_dim, kv_NTH.dtype)
         if self._copy_stream is None:
             for run in runs:
                 rows = slice(run.row, run.row + run.stop - run.start)
@@ -244,7 +249,8 @@ class GrowingTable:
         needed = self._used + rows.shape[0]
         if self._table is None or self._table.shape[0] < needed:
             # The first closing of a document is most of it: take just that, and later a fixed room at a time.
-            capacity = needed if self._table is None else max(needed, self._used + min(self._used, _TABLE_ROOM))
+            room = max(_TABLE_ROOM, self._used // 64)
+            capacity = needed if self._table is None else max(needed, self._used + min(self._used, room))
             grown = rows.new_empty((capacity, *rows.shape[1:]))
             grown[: self._used] = self.rows if self._table is not None else 0
             self._table = grown
@@ -274,19 +280,29 @@ class Places:
         self.slabs = [slab for extent in self.extents for slab in extent.slabs]
         self._used_tokens = [slab.used_tokens for slab in self.slabs]
         self._device = device
-        tables = [torch.empty((0, 4), dtype=torch.int64)]
+        tables = [torch.empty((0, 5), dtype=torch.int64)]
         first_slab = 0
         for extent in self.extents:
-            tables.append(extent.place_of + torch.tensor([0, 0, first_slab, 0]))
+            first_row = extent.place_of[:, 1:2].cumsum(0) - extent.place_of[:, 1:2]
+            tables.append(torch.cat([extent.place_of + torch.tensor([0, 0, first_slab, 0]), first_row], dim=1))
             first_slab += len(extent.slabs)
-        self.start_of, self.length_of, self.slab_of, self.row_of = torch.cat(tables).unbind(dim=1)
-        self.length_on_device = self.length_of.to(device)
+        place_of = torch.cat(tables)
+        self.start_of, self.length_of = place_of[:, 0], place_of[:, 1]
+        self.place_S4 = place_of[:, 1:].to(torch.int32).to(device)
+        """int32 `[S, 4]` on the device: tokens, slab (an index into `slabs`), first row there, first row in the
+        extent's tables of tokens."""
         self.num_tokens = int(self.length_of.sum())
-        self.longest = int(self.length_of.max()) if self.num_tokens else 0
 
     @property
     def num_sentences(self) -> int:
         return self.length_of.numel()
+
+    def slab_addresses(self, layers: Sequence[int]) -> Tensor:
+        """int64 `[D, number of slabs, 2]` on the device: address and capacity of each slab, for each of D layers."""
+        rows = [
+            [[slab.kv_of_layer[layer].data_ptr(), slab.capacity_tokens] for slab in self.slabs] for layer in layers
+        ]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1, 2).to(self._device)
 
     def read(self, layer: int, into_NTH: Tensor) -> None:
         """Copy all closed tokens of one layer, in order, into a device tensor `[N, num_tokens, 2, H]`."""
@@ -303,73 +319,6 @@ class Places:
                 for head in range(kv.shape[0]):
                     into_NTH[head, start:stop].copy_(kv[head, :used_tokens], non_blocking=True)
             start = stop
-
-
-class HotSet:
-    """Sentences of one layer that are on the GPU now: `C` slots of `M` tokens per KV head, least recently used out."""
-
-    def __init__(self, num_heads: int, head_dim: int, num_slots: int, slot_tokens: int, like: Tensor) -> None:
-        device = like.device
-        self.kv = torch.zeros((num_heads, num_slots, slot_tokens, 2, head_dim), dtype=like.dtype, device=device)
-        self._state = HotSetState(
-            sentence_of_slot=torch.full((num_heads, num_slots), -1, dtype=torch.int64, device=device),
-            last_used=torch.full((num_heads, num_slots), -1, dtype=torch.int64, device=device),
-            slot_of_sentence=torch.full((num_heads, 0), -1, dtype=torch.int64, device=device),
-        )
-        self._step = 0
-
-    @property
-    def num_slots(self) -> int:
-        return self.kv.shape[1]
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes on the device: slots and bookkeeping."""
-        return self.kv.nbytes + sum(table.nbytes for table in self._state)
-
-    def fetch(self, layer: int, selected_NK: Tensor, places: Places) -> tuple[Tensor, int, int]:
-        """Bring the selection onto the GPU. Returns its slots `[N, K]`, sentences missed and tokens copied."""
-        if selected_NK.shape[1] == 0:
-            return selected_NK, 0, 0
-        self._grow_table(places.num_sentences)
-        slot_NK, miss_NK = resolve_hot_set(selected_NK, self._state, self._step)
-        self._step += 1
-        # The plain PyTorch path needs the misses on the host: here, once in each layer, it waits for the device.
-        miss, selected, slot = torch.stack([miss_NK.long(), selected_NK, slot_NK]).cpu()
-        head_P, rank_P = miss.nonzero(as_tuple=True)
-        if head_P.numel() == 0:
-            return slot_NK, 0, 0
-        sentence_P = selected[head_P, rank_P]
-        slab_P = places.slab_of[sentence_P]
-        num_tokens = gather_kv(
-            {i: places.slabs[i].kv_of_layer[layer] for i in slab_P.unique().tolist()},
-            slab_P,
-            head_P,
-            places.row_of[sentence_P],
-            places.length_of[sentence_P],
-            slot[head_P, rank_P],
-            self.kv,
-        )
-        return slot_NK, head_P.numel(), num_tokens
-
-    def grown(self, num_slots: int) -> HotSet:
-        """A larger hot set with the same content."""
-        num_heads, old_slots, slot_tokens, _, head_dim = self.kv.shape
-        larger = HotSet(num_heads, head_dim, num_slots, slot_tokens, self.kv)
-        larger.kv[:, :old_slots] = self.kv
-        larger._state.sentence_of_slot[:, :old_slots] = self._state.sentence_of_slot
-        larger._state.last_used[:, :old_slots] = self._state.last_used
-        larger._state = larger._state._replace(slot_of_sentence=self._state.slot_of_sentence)
-        larger._step = self._step
-        return larger
-
-    def _grow_table(self, num_sentences: int) -> None:
-        table = self._state.slot_of_sentence
-        missing = num_sentences - table.shape[1]
-        if missing > 0:
-            # Doubling, so that a growing tail does not rebuild the table at every closed sentence.
-            grown = table.new_full((table.shape[0], max(missing, table.shape[1])), -1)
-            self._state = self._state._replace(slot_of_sentence=torch.cat([table, grown], dim=1))
 
 
 def _slab_tokens(expected_tokens: int, at_least: int) -> int:

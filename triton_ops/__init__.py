@@ -1,29 +1,35 @@
-"""The steps of sparse decoding, one file each: a plain PyTorch reference, which is the specification, and the op.
+"""The steps of sparse decoding, one file each: a plain PyTorch reference, which is the specification, and a kernel.
 
-Every file has `<op>_ref` and `<op>`; callers use `<op>`. Imports torch only, knows nothing of models, sessions or
-policies. Shape letters: `N` KV heads, `G` query heads per KV head, `H` head dimension, `S` sentences, `K` selected
-sentences (padded with -1), `C` hot-set slots, `M` tokens in a slot (`max_sentence_tokens`), `R` recent tokens.
+Every file has `<op>_ref`, the specification, `<op>_triton`, which launches the kernel, and `<op>`, which takes the
+kernel for tensors on a GPU and the reference for others. Imports torch and triton only, knows nothing of models,
+sessions or policies. Shape letters: `B` lanes, `A` query heads, `N` KV heads, `G` query heads per KV head, `H` head
+dimension, `S` sentences, `K` selected sentences (padded with -1), `C` hot-set slots, `M` tokens in a slot
+(`max_sentence_tokens`), `R` rows of resident tokens, `D` layers that retrieve.
 
-The order within one layer of one step: `score_sentences` or `score_codes`, `group_scores`, `select_sentences`,
-`resolve_hot_set`, `gather_kv`, `sparse_decode`. `summarize` and `encode_keys` run when sentences are closed.
+The order within one layer of one step: `score_sentences` or `score_codes`, `select_sentences`, `resolve_hot_set`,
+`gather_kv`, `sparse_decode`. `summarize`, `encode_keys` and `offload_kv` run when sentences are closed. `lanes` says
+where kernels find what belongs to a sequence.
 """
 
 from triton_ops.encode_keys import encode_keys
 from triton_ops.gather_kv import gather_kv
-from triton_ops.resolve_hot_set import HotSetState, Resolved, resolve_hot_set
+from triton_ops.lanes import Lane, Lanes, Part
+from triton_ops.offload_kv import offload_kv
+from triton_ops.resolve_hot_set import Resolved, resolve_hot_set
 from triton_ops.score_codes import score_codes
-from triton_ops.score_sentences import group_scores, score_sentences
+from triton_ops.score_sentences import score_sentences
 from triton_ops.select_sentences import select_sentences
-from triton_ops.sparse_decode import SparseDecoded, sparse_decode
+from triton_ops.sparse_decode import sparse_decode
 from triton_ops.summarize import summarize
 
 __all__ = [
-    "HotSetState",
+    "Lane",
+    "Lanes",
+    "Part",
     "Resolved",
-    "SparseDecoded",
     "encode_keys",
     "gather_kv",
-    "group_scores",
+    "offload_kv",
     "resolve_hot_set",
     "score_codes",
     "score_sentences",

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_ops.linear import MAX_ROWS, Tiles, load_row, load_weights
+from triton_ops.linear import MAX_ROWS, Tiles, fetch_ahead, load_row, load_weights
 from triton_ops.rms_norm import launch_options, rms_norm, rms_norm_ref, starts_early, wait_for_inputs
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -137,6 +137,7 @@ def _gated_linear_kernel(
     BLOCK_O: tl.constexpr,
     NUM_IN: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     WHOLE: tl.constexpr = NUM_IN % BLOCK_I == 0
@@ -147,6 +148,8 @@ def _gated_linear_kernel(
     gate_ptrs = gate_ptr + w_offsets
     up_ptrs = up_ptr + w_offsets
     x_ptrs = x_ptr + (tl.minimum(b, batch - 1).to(tl.int64) * x_stride)[:, None] + i[None, :]
+    fetch_ahead(gate_ptr, tl.minimum(o, num_out - 1), NUM_IN, AHEAD)
+    fetch_ahead(up_ptr, tl.minimum(o, num_out - 1), NUM_IN, AHEAD)
     wait_for_inputs(EARLY)
     gate_total = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
     up_total = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
@@ -242,9 +245,16 @@ def gated_linear_triton(
         _gated_linear_row_kernel[grid](*arguments, num_out, norm_eps, norm_offset, **options)
     else:
         strides = (x_BI.stride(0), y.stride(0))
-        block_b = 16 if batch <= 16 else 32
         _gated_linear_kernel[grid](
-            *arguments, batch, num_out, *strides, norm_eps, norm_offset, BLOCK_B=block_b, **options
+            *arguments,
+            batch,
+            num_out,
+            *strides,
+            norm_eps,
+            norm_offset,
+            BLOCK_B=16 if batch <= 16 else 32,
+            AHEAD=min(tiles.ahead, num_in) if early else 0,
+            **options,
         )
     return y
 

@@ -1,58 +1,101 @@
 """Missing sentences from host memory into their hot-set slots."""
 
-from collections.abc import Mapping
-
-import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from triton_ops.lanes import (
+    HOT,
+    NUM_SLOTS,
+    PLACE,
+    PLACE_LENGTH,
+    PLACE_ROW,
+    PLACE_SLAB,
+    SLABS,
+    Lanes,
+    element_type,
+)
 
-def gather_kv_ref(
-    slabs: Mapping[int, Tensor],
-    slab_P: Tensor,
-    head_P: Tensor,
-    row_P: Tensor,
-    length_P: Tensor,
-    slot_P: Tensor,
-    hot_kv: Tensor,
-) -> int:
-    """Copy P sentences of one layer from host memory into slots; returns the number of tokens copied.
+
+def gather_kv_ref(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, lanes: Lanes, layer: int) -> None:
+    """Copy the missed sentences of one layer from host memory into their slots; mutates the lanes' `hot_kv`.
 
     Args:
-        slabs: `[N, capacity, 2, H]` each, in host memory (pinned where there is a GPU); a token's K and V are adjacent.
-        slab_P, head_P, row_P, length_P, slot_P: int64 `[P]` on the host: key in `slabs`, KV head, first row, rows and
-            destination slot of each sentence.
-        hot_kv: `[N, C, M, 2, H]` on the device; mutated: rows `[0, length)` of each slot; what stands behind them is
-            overwritten too, up to the longest of the P sentences, and means nothing.
-
-    One staging buffer and one transfer, whatever the number of sentences and slabs: each transfer costs far more than
-    its bytes. On a GPU the transfer is asynchronous; the host does not wait.
+        selected_BNK: int32 ids of sentences.
+        slot_BNK, miss_BNK: as `resolve_hot_set` gives them; rows without a miss are not looked at.
     """
-    if head_P.numel() == 0:
-        return 0
-    longest = int(length_P.max())
-    assert longest <= hot_kv.shape[2]
-    # Rows past a sentence's end repeat its last one: one rectangular gather, and never a row outside the slab.
-    row_PM = row_P[:, None] + torch.minimum(torch.arange(longest), length_P[:, None] - 1)
-    shape = (head_P.numel(), longest, *hot_kv.shape[3:])
-    staged = torch.empty(shape, dtype=hot_kv.dtype, pin_memory=hot_kv.is_cuda)
-    for slab in slab_P.unique().tolist():
-        here = (slab_P == slab).nonzero()[:, 0]
-        staged[here] = slabs[slab][head_P[here, None], row_PM[here]]
-    target = torch.stack([head_P, slot_P])
-    if hot_kv.is_cuda:
-        target = target.pin_memory().to(hot_kv.device, non_blocking=True)
-    hot_kv[target[0], target[1], :longest] = staged.to(hot_kv.device, non_blocking=True)
-    return int(length_P.sum())
+    for b, lane in enumerate(lanes.lanes):
+        hot_kv = lane.hot_kv[layer]
+        head_P, rank_P = miss_BNK[b].nonzero(as_tuple=True)
+        places = lane.place_S4[selected_BNK[b, head_P, rank_P].long()].tolist()
+        slots = slot_BNK[b, head_P, rank_P].tolist()
+        for head, slot, (length, slab, row, _) in zip(head_P.tolist(), slots, places, strict=True):
+            hot_kv[head, slot, :length] = lane.slabs[layer][slab][head, row : row + length]
 
 
-def gather_kv(
-    slabs: Mapping[int, Tensor],
-    slab_P: Tensor,
-    head_P: Tensor,
-    row_P: Tensor,
-    length_P: Tensor,
-    slot_P: Tensor,
-    hot_kv: Tensor,
-) -> int:
-    """Copy sentences from host memory into hot-set slots; see `gather_kv_ref`."""
-    return gather_kv_ref(slabs, slab_P, head_P, row_P, length_P, slot_P, hot_kv)
+@triton.jit
+def _gather_kv_kernel(
+    selected_ptr,
+    slot_ptr,
+    miss_ptr,
+    address_ptr,
+    count_ptr,
+    most_selected,
+    num_address,
+    num_count,
+    NUM_KV_HEADS: tl.constexpr,
+    ROW: tl.constexpr,
+    SLOT_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    k, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    entry = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected + k
+    if tl.load(miss_ptr + entry) != 0:
+        address_ptr += b * num_address
+        sentence = tl.load(selected_ptr + entry).to(tl.int64)
+        slot = tl.load(slot_ptr + entry).to(tl.int64)
+        place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32)) + sentence * 4
+        length = tl.load(place_ptr + PLACE_LENGTH)
+        slab = tl.load(place_ptr + PLACE_SLAB)
+        row = tl.load(place_ptr + PLACE_ROW)
+        slab_ptr = tl.load(address_ptr + SLABS).to(tl.pointer_type(tl.int64)) + slab * 2
+        capacity = tl.load(slab_ptr + 1)
+        source_ptr = tl.multiple_of(tl.load(slab_ptr).to(tl.pointer_type(DTYPE)), 16) + (n * capacity + row) * ROW
+        num_slots = tl.load(count_ptr + b * num_count + NUM_SLOTS)
+        hot_ptr = tl.multiple_of(tl.load(address_ptr + HOT).to(tl.pointer_type(DTYPE)), 16)
+        target_ptr = hot_ptr + (n.to(tl.int64) * num_slots + slot) * (SLOT_TOKENS * ROW)
+        # One run of bytes on both sides; all loads are issued before the first store.
+        i = tl.arange(0, BLOCK)
+        mask = i < length * ROW
+        tl.store(target_ptr + i, tl.load(source_ptr + i, mask=mask), mask=mask)
+
+
+def gather_kv_triton(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, lanes: Lanes, layer: int) -> None:
+    """Copy misses into their slots: one program for each reads host memory in place, over the bus."""
+    batch, num_kv_heads, most_selected = selected_BNK.shape
+    hot_kv = next(lane.hot_kv[layer] for lane in lanes.lanes)
+    head_dim = hot_kv.shape[4]
+    address_rows = lanes.address_rows(layer)
+    _gather_kv_kernel[(most_selected, num_kv_heads, batch)](
+        selected_BNK,
+        slot_BNK,
+        miss_BNK,
+        address_rows,
+        lanes.count_of,
+        most_selected,
+        address_rows.stride(0),
+        lanes.count_of.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        ROW=2 * head_dim,
+        SLOT_TOKENS=lanes.slot_tokens,
+        BLOCK=triton.next_power_of_2(lanes.slot_tokens * 2 * head_dim),
+        DTYPE=element_type(hot_kv.dtype),
+        num_warps=8,
+    )
+
+
+def gather_kv(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, lanes: Lanes, layer: int) -> None:
+    """Copy missed sentences from host memory into their slots; see `gather_kv_ref`."""
+    op = gather_kv_triton if selected_BNK.is_cuda else gather_kv_ref
+    op(selected_BNK, slot_BNK, miss_BNK, lanes, layer)

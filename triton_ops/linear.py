@@ -23,12 +23,16 @@ MAX_ROWS = 32
 
 
 class Tiles(NamedTuple):
-    """How a launch is cut: rows of the weights for each program, columns at a time, warps, pipeline stages."""
+    """How a launch is cut."""
 
     block_o: int
+    """Rows of the weights for each program."""
     block_i: int
+    """Columns that it multiplies at a time."""
     num_warps: int
     num_stages: int
+    ahead: int = 0
+    """Columns whose way to the cache begins before the inputs are there; for several rows only."""
 
 
 def linear_ref(
@@ -87,6 +91,22 @@ def load_weights(ptrs, i, num_in, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(ptrs, eviction_policy="evict_first")
     return tl.load(ptrs, mask=(i < num_in)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def fetch_ahead(w_ptr, o, NUM_IN: tl.constexpr, AHEAD: tl.constexpr):
+    """Start bringing the first columns of some rows of weights to the L2 cache; lines of it are 128 bytes."""
+    LINE: tl.constexpr = 64
+    if AHEAD > 0:
+        ptrs = w_ptr + (o.to(tl.int64) * NUM_IN)[:, None] + (tl.arange(0, AHEAD // LINE) * LINE)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [ptrs.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -191,6 +211,7 @@ def _linear_kernel(
     BLOCK_O: tl.constexpr,
     NUM_IN: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     WHOLE: tl.constexpr = NUM_IN % BLOCK_I == 0
@@ -201,6 +222,7 @@ def _linear_kernel(
     i = tl.arange(0, BLOCK_I)
     w_ptrs = tl.multiple_of(w_ptr, 16) + (tl.minimum(o, rows - 1).to(tl.int64) * NUM_IN)[:, None] + i[None, :]
     x_ptrs = x_ptr + (tl.minimum(b, batch - 1).to(tl.int64) * x_stride)[:, None] + i[None, :]
+    fetch_ahead(w_ptr, tl.minimum(o, rows - 1), NUM_IN, AHEAD)
     wait_for_inputs(EARLY)
     total = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
     square = tl.zeros((BLOCK_B,), tl.float32)
@@ -312,6 +334,7 @@ def linear_triton(
             norm_eps,
             norm_offset,
             BLOCK_B=16 if batch <= 16 else 32,
+            AHEAD=min(tiles.ahead, num_in) if early else 0,
             **options,
         )
     return y

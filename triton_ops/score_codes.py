@@ -1,7 +1,14 @@
 """Queries against coded keys: the attention mass that each sentence would get, from a few bits per number."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from triton_ops.lanes import NUM_PARTS, PARTS, PLACE, PLACE_FIRST, PLACE_LENGTH, Lanes, element_type
+
+_PROGRAMS = 4224
+"""Programs of one warp to aim at: 32 for each multiprocessor of a large GPU."""
 
 
 def decode_keys_ref(code_TNW: Tensor, box_TN2H: Tensor, *, bits: int) -> Tensor:
@@ -13,20 +20,13 @@ def decode_keys_ref(code_TNW: Tensor, box_TN2H: Tensor, *, bits: int) -> Tensor:
     return low + cell * ((high - low) / 2**bits)
 
 
-def score_codes_ref(
-    q_NGH: Tensor, box_SN2H: Tensor, code_TNW: Tensor, length_S: Tensor, *, scale: float, bits: int, longest: int
+def _score_part_ref(
+    q_NGH: Tensor, box_SN2H: Tensor, code_TNW: Tensor, length_S: Tensor, scale: float, bits: int, longest: int
 ) -> Tensor:
-    """Logits `[N, G, S]` float32: log of the sum over a sentence's tokens of exp(scale * q . decoded key).
+    """Logits `[N, G, S]` of one part.
 
     A decoded number is the middle of its box's lowest cell plus a step for each level, so the box enters once per
     sentence, into the query, and tokens meet it as bare levels.
-
-    Args:
-        q_NGH: `[N, G, H]` post-RoPE queries.
-        box_SN2H: `[S, N, 2, H]` minimum and maximum of each sentence's keys.
-        code_TNW: uint8 codes as `encode_keys` packs them, the tokens of the sentences in order.
-        length_S: int64 `[S]`, tokens in each sentence, summing to T.
-        longest: at least as many tokens as any sentence has.
     """
     head_dim = q_NGH.shape[-1]
     x_NGH = q_NGH.float() * scale
@@ -45,8 +45,138 @@ def score_codes_ref(
     return (torch.logsumexp(logit_SNMG, dim=2) + base_SNG).permute(1, 2, 0)
 
 
-def score_codes(
-    q_NGH: Tensor, box_SN2H: Tensor, code_TNW: Tensor, length_S: Tensor, *, scale: float, bits: int, longest: int
-) -> Tensor:
+def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Tensor:
+    """Logits `[B, N, G, S]` float32: log of the sum over a sentence's tokens of exp(scale * q . decoded key).
+
+    S is the capacity of the lanes; columns of sentences that a lane does not have are -inf.
+
+    Args:
+        q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
+        lanes: each lane's tables of this layer are the boxes `[S, N, 2, H]` of its sentences (minimum and maximum of
+            their keys) and the codes `[T, N, W]` of their tokens, in order, as `encode_keys` packs them.
+    """
+    num_kv_heads = lanes.num_kv_heads
+    logit = q_BAH.new_full(
+        (q_BAH.shape[0], num_kv_heads, q_BAH.shape[1] // num_kv_heads, lanes.capacity), -torch.inf, dtype=torch.float32
+    )
+    for b, lane in enumerate(lanes.lanes):
+        q_NGH = q_BAH[b].view(num_kv_heads, -1, q_BAH.shape[2])
+        for part in lane.parts:
+            box_SN2H, code_TNW = part.tables[layer]
+            sentences = slice(part.first, part.first + part.count)
+            length_S = lane.place_S4[sentences, 0].long()
+            logit[b, :, :, sentences] = _score_part_ref(
+                q_NGH, box_SN2H[: part.count], code_TNW, length_S, scale, bits, lanes.slot_tokens
+            )
+    return logit
+
+
+@triton.jit
+def _score_codes_kernel(
+    q_ptr,
+    address_ptr,
+    count_ptr,
+    logit_ptr,
+    scale,
+    capacity,
+    q_stride_b,
+    q_stride_a,
+    num_address,
+    num_count,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    LONGEST: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One sentence at a time; a byte holds dimensions WIDTH apart, so each of its fields is a run of dimensions."""
+    pid, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    address_ptr += b * num_address
+    count_ptr += b * num_count
+    place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32))
+    q_ptr += b.to(tl.int64) * q_stride_b + n * GROUP * q_stride_a
+    logit_ptr += (b * NUM_KV_HEADS + n).to(tl.int64) * GROUP * capacity
+    g = tl.arange(0, GROUP_BLOCK)
+    w = tl.arange(0, WIDTH_BLOCK)
+    token = tl.arange(0, LONGEST)
+    num_parts = tl.load(count_ptr + NUM_PARTS)
+    for part in range(num_parts):
+        first = tl.load(address_ptr + PARTS + 4 * part)
+        count = tl.load(address_ptr + PARTS + 4 * part + 1)
+        box_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 2).to(tl.pointer_type(DTYPE)), 16)
+        code_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 3).to(tl.pointer_type(tl.uint8)), 16)
+        for s in range(pid.to(tl.int64), count, tl.num_programs(0)):
+            here_ptr = place_ptr + (first + s) * 4
+            length = tl.load(here_ptr + PLACE_LENGTH)
+            row = tl.load(here_ptr + PLACE_FIRST).to(tl.int64) + token
+            valid = token < length
+            code = tl.load(
+                code_ptr + ((row * NUM_KV_HEADS + n) * WIDTH)[:, None] + w[None, :],
+                mask=valid[:, None] & (w < WIDTH)[None, :],
+                other=0,
+            ).to(tl.int32)
+            low_ptr = box_ptr + (s * NUM_KV_HEADS + n) * (2 * HEAD_DIM)
+            base = tl.zeros((GROUP_BLOCK,), tl.float32)
+            logit = tl.zeros((GROUP_BLOCK, LONGEST), tl.float32)
+            for i in tl.static_range(8 // BITS):
+                h = i * WIDTH + w
+                in_head = (w < WIDTH) & (h < HEAD_DIM)
+                low = tl.load(low_ptr + h, mask=in_head, other=0.0).to(tl.float32)
+                high = tl.load(low_ptr + HEAD_DIM + h, mask=in_head, other=0.0).to(tl.float32)
+                step = (high - low) * (1.0 / (1 << BITS))
+                q_mask = (g < GROUP)[:, None] & in_head[None, :]
+                x = tl.load(q_ptr + g[:, None] * q_stride_a + h[None, :], mask=q_mask, other=0.0).to(tl.float32) * scale
+                base += tl.sum(x * (low + 0.5 * step)[None, :], axis=1)
+                # Levels are exact in half precision; the weights' rounding is far below the codes' own.
+                weight = tl.minimum(tl.maximum(x * step[None, :], -65504.0), 65504.0).to(tl.float16)
+                level = ((code >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float16)
+                logit = tl.dot(weight, tl.trans(level), logit)
+            logit = tl.where(valid[None, :], logit, float("-inf"))
+            highest = tl.max(logit, axis=1)
+            mass = tl.log(tl.sum(tl.exp(logit - highest[:, None]), axis=1)) + highest + base
+            tl.store(logit_ptr + g * capacity + first + s, mass, mask=g < GROUP)
+
+
+def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Tensor:
+    """Logits of sentences from coded keys, by one kernel; columns past a lane's sentences hold anything."""
+    num_kv_heads = lanes.num_kv_heads
+    batch, num_heads, head_dim = q_BAH.shape
+    group = num_heads // num_kv_heads
+    assert q_BAH.stride(2) == 1
+    logit = torch.empty((batch, num_kv_heads, group, lanes.capacity), dtype=torch.float32, device=q_BAH.device)
+    address_rows = lanes.address_rows(layer)
+    width = triton.cdiv(head_dim, 8 // bits)
+    programs = min(lanes.capacity, max(1, _PROGRAMS // (num_kv_heads * batch)))
+    _score_codes_kernel[(programs, num_kv_heads, batch)](
+        q_BAH,
+        address_rows,
+        lanes.count_of,
+        logit,
+        scale,
+        lanes.capacity,
+        q_BAH.stride(0),
+        q_BAH.stride(1),
+        address_rows.stride(0),
+        lanes.count_of.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        BITS=bits,
+        WIDTH=width,
+        WIDTH_BLOCK=max(16, triton.next_power_of_2(width)),
+        LONGEST=max(16, triton.next_power_of_2(lanes.slot_tokens)),
+        DTYPE=element_type(q_BAH.dtype),
+        num_warps=1,
+    )
+    return logit
+
+
+def score_codes(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Tensor:
     """Logits of sentences from coded keys; see `score_codes_ref`."""
-    return score_codes_ref(q_NGH, box_SN2H, code_TNW, length_S, scale=scale, bits=bits, longest=longest)
+    op = score_codes_triton if q_BAH.is_cuda else score_codes_ref
+    return op(q_BAH, lanes, layer, scale=scale, bits=bits)

@@ -1,46 +1,150 @@
-"""Queries against sentence summaries, and the group's one score per sentence."""
+"""Queries against sentence summaries: how much each query head wants each sentence."""
 
 from typing import Literal
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from triton_ops.lanes import NUM_PARTS, PARTS, PLACE, PLACE_LENGTH, Lanes, element_type
+
 Spread = Literal["square", "abs"]
-Group = Literal["max", "mean"]
+
+_BLOCK = 16
+"""Sentences that a program scores at a time."""
+_PROGRAMS = 1056
+"""Programs to aim at: eight for each multiprocessor of a large GPU keep its memory busy."""
 
 
 def score_sentences_ref(
-    q_NGH: Tensor, summary_SNPH: Tensor, *, scale: float, spread: Spread, bias_S: Tensor | None
+    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, spread: Spread | None, log_length: bool
 ) -> Tensor:
-    """Logits `[N, G, S]` float32: `x . plane0 + f(x) . plane1 + bias`, with `x = scale * q`.
+    """Logits `[B, N, G, S]` float32: `x . plane0 + f(x) . plane1 + log(tokens)`, with `x = scale * q`.
+
+    S is the capacity of the lanes; columns of sentences that a lane does not have are -inf.
 
     Args:
-        q_NGH: `[N, G, H]` post-RoPE queries.
-        summary_SNPH: `[S, N, P, H]`; with `P` 1, only the first term.
-        spread: `f`, the element-wise `square` or absolute value (`abs`).
-        bias_S: `[S]` float32, added to every head's logit.
+        q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
+        lanes: each lane's first table of this layer is `[S, N, P, H]`, with P planes.
+        spread: `f`, the element-wise `square` or absolute value (`abs`); None: there is one plane.
+        log_length: whether the last term is there.
     """
-    x_NGH = q_NGH.float() * scale
-    planes = summary_SNPH.float()
-    logit_NGS = torch.einsum("ngh,snh->ngs", x_NGH, planes[:, :, 0])
-    if planes.shape[2] == 2:
-        spread_NGH = x_NGH.square() if spread == "square" else x_NGH.abs()
-        logit_NGS = logit_NGS + torch.einsum("ngh,snh->ngs", spread_NGH, planes[:, :, 1])
-    return logit_NGS if bias_S is None else logit_NGS + bias_S
+    num_kv_heads = lanes.num_kv_heads
+    logit = q_BAH.new_full(
+        (q_BAH.shape[0], num_kv_heads, q_BAH.shape[1] // num_kv_heads, lanes.capacity), -torch.inf, dtype=torch.float32
+    )
+    for b, lane in enumerate(lanes.lanes):
+        x_NGH = q_BAH[b].float().view(num_kv_heads, -1, q_BAH.shape[2]) * scale
+        for part in lane.parts:
+            planes = part.tables[layer][0][: part.count].float()
+            part_NGS = torch.einsum("ngh,snh->ngs", x_NGH, planes[:, :, 0])
+            if spread is not None:
+                spread_NGH = x_NGH.square() if spread == "square" else x_NGH.abs()
+                part_NGS += torch.einsum("ngh,snh->ngs", spread_NGH, planes[:, :, 1])
+            sentences = slice(part.first, part.first + part.count)
+            if log_length:
+                part_NGS += lane.place_S4[sentences, 0].float().log()
+            logit[b, :, :, sentences] = part_NGS
+    return logit
+
+
+@triton.jit
+def _score_sentences_kernel(
+    q_ptr,
+    address_ptr,
+    count_ptr,
+    logit_ptr,
+    scale,
+    capacity,
+    q_stride_b,
+    q_stride_a,
+    num_address,
+    num_count,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    SQUARE: tl.constexpr,
+    LOG_LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    pid, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    address_ptr += b * num_address
+    count_ptr += b * num_count
+    place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32))
+    q_ptr += b.to(tl.int64) * q_stride_b + n * GROUP * q_stride_a
+    logit_ptr += (b * NUM_KV_HEADS + n).to(tl.int64) * GROUP * capacity
+    h = tl.arange(0, HEAD_BLOCK)
+    in_head = h < HEAD_DIM
+    num_parts = tl.load(count_ptr + NUM_PARTS)
+    for part in range(num_parts):
+        first = tl.load(address_ptr + PARTS + 4 * part)
+        count = tl.load(address_ptr + PARTS + 4 * part + 1)
+        table_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 2).to(tl.pointer_type(DTYPE)), 16)
+        for block in range(pid.to(tl.int64), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            s = block * BLOCK + tl.arange(0, BLOCK)
+            there = s < count
+            mask = there[:, None] & in_head[None, :]
+            rows = table_ptr + ((s * NUM_KV_HEADS + n) * (NUM_PLANES * HEAD_DIM))[:, None] + h[None, :]
+            plane0 = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
+            if NUM_PLANES == 2:
+                plane1 = tl.load(rows + HEAD_DIM, mask=mask, other=0.0).to(tl.float32)
+            bias = tl.zeros((BLOCK,), tl.float32)
+            if LOG_LENGTH:
+                tokens = tl.load(place_ptr + (first + s) * 4 + PLACE_LENGTH, mask=there, other=1)
+                bias = tl.log(tokens.to(tl.float32))
+            for g in tl.static_range(GROUP):
+                x = tl.load(q_ptr + g * q_stride_a + h, mask=in_head, other=0.0).to(tl.float32) * scale
+                product = plane0 * x[None, :]
+                if NUM_PLANES == 2:
+                    product += plane1 * (x * x if SQUARE else tl.abs(x))[None, :]
+                logit = tl.sum(product, axis=1) + bias
+                tl.store(logit_ptr + g * capacity + first + s, logit, mask=there)
+
+
+def score_sentences_triton(
+    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, spread: Spread | None, log_length: bool
+) -> Tensor:
+    """Logits of sentences from their summaries, by one kernel; columns past a lane's sentences hold anything."""
+    num_kv_heads = lanes.num_kv_heads
+    batch, num_heads, head_dim = q_BAH.shape
+    assert q_BAH.stride(2) == 1
+    logit = torch.empty(
+        (batch, num_kv_heads, num_heads // num_kv_heads, lanes.capacity), dtype=torch.float32, device=q_BAH.device
+    )
+    address_rows = lanes.address_rows(layer)
+    programs = min(triton.cdiv(lanes.capacity, _BLOCK), max(1, _PROGRAMS // (num_kv_heads * batch)))
+    _score_sentences_kernel[(programs, num_kv_heads, batch)](
+        q_BAH,
+        address_rows,
+        lanes.count_of,
+        logit,
+        scale,
+        lanes.capacity,
+        q_BAH.stride(0),
+        q_BAH.stride(1),
+        address_rows.stride(0),
+        lanes.count_of.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        HEAD_BLOCK=triton.next_power_of_2(head_dim),
+        NUM_PLANES=1 if spread is None else 2,
+        SQUARE=spread == "square",
+        LOG_LENGTH=log_length,
+        BLOCK=_BLOCK,
+        DTYPE=element_type(q_BAH.dtype),
+        num_warps=4,
+    )
+    return logit
 
 
 def score_sentences(
-    q_NGH: Tensor, summary_SNPH: Tensor, *, scale: float, spread: Spread, bias_S: Tensor | None
+    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, spread: Spread | None, log_length: bool
 ) -> Tensor:
     """Logits of sentences from their summaries; see `score_sentences_ref`."""
-    return score_sentences_ref(q_NGH, summary_SNPH, scale=scale, spread=spread, bias_S=bias_S)
-
-
-def group_scores(logit_NGS: Tensor, *, group: Group) -> Tensor:
-    """One score per KV head and sentence, `[N, S]` float32, from the logits of the query heads that share it.
-
-    Logits become shares by a softmax over all sentences for each query head, then the group takes their maximum (or
-    mean): were the raw maximum taken, one head with large logits would decide for all.
-    """
-    share_NGS = torch.softmax(logit_NGS.float(), dim=-1)
-    return share_NGS.amax(dim=1) if group == "max" else share_NGS.mean(dim=1)
+    op = score_sentences_triton if q_BAH.is_cuda else score_sentences_ref
+    return op(q_BAH, lanes, layer, scale=scale, spread=spread, log_length=log_length)

@@ -1,65 +1,384 @@
-"""Attention of one query token over hot-set slots and the tokens that are always read."""
-
-from typing import NamedTuple
+"""Attention of one new token over hot-set slots and the tokens that are always read."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from triton_ops.lanes import (
+    HOT,
+    NUM_RESIDENT,
+    NUM_SLOTS,
+    PLACE,
+    PLACE_LENGTH,
+    POSITION,
+    RESIDENT,
+    RESIDENT_ROWS,
+    SHARE,
+    Lanes,
+    element_type,
+)
 
-class SparseDecoded(NamedTuple):
-    """`output_NGH` in the query's dtype; `share_NGK` float32: attention weight of each selected sentence."""
-
-    output_NGH: Tensor
-    share_NGK: Tensor
+_SLOTS = 4
+"""Slots that one program reads."""
+_ROWS = 64
+"""Resident tokens that one program reads at a time."""
+_MERGED = 64
+"""Partial results that are merged at a time."""
 
 
 def sparse_decode_ref(
-    q_NGH: Tensor,
-    hot_kv: Tensor,
-    slot_NK: Tensor,
-    length_NK: Tensor,
-    resident_kv: Tensor,
+    q_BAH: Tensor,
+    k_BNH: Tensor,
+    v_BNH: Tensor,
+    lanes: Lanes,
+    layer: int,
+    selected_BNK: Tensor | None,
+    slot_BNK: Tensor | None,
     *,
     scale: float,
+    sliding: bool = False,
     softcap: float | None = None,
-) -> SparseDecoded:
-    """softmax(q k^T) v over the selected sentences and the resident tokens, as one softmax.
+) -> Tensor:
+    """softmax(q k^T) v over the selected sentences, the resident tokens and the new one, as one softmax: `[B, A, H]`.
+
+    The new token's KV is written behind the lane's resident tokens (in a sliding-window layer, to its place in the
+    ring); the attention that each selected sentence got, averaged over all query heads, is added to the lane's
+    `share_S`.
 
     Args:
-        q_NGH: `[N, G, H]`, post-RoPE queries of the G query heads that share a KV head.
-        hot_kv: `[N, C, M, 2, H]`, the slots.
-        slot_NK, length_NK: int64 `[N, K]`: slot (-1: none) and tokens of each selected sentence.
-        resident_kv: `[N, R, 2, H]`: sink, window and tail.
+        q_BAH: post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
+        k_BNH, v_BNH: key and value of each lane's new token.
+        selected_BNK, slot_BNK: int32 ids and slots of the selected sentences, -1 padded; None: none are.
+        sliding: whether this is a sliding-window layer, whose resident tokens are a ring.
         scale: multiplies the logits; softcap: `softcap * tanh(logit / softcap)` after it (Gemma 2).
     """
-    num_heads, num_groups, head_dim = q_NGH.shape
-    num_selected, slot_tokens = slot_NK.shape[1], hot_kv.shape[2]
-    head_N1 = torch.arange(num_heads, device=q_NGH.device)[:, None]
-    picked = hot_kv[head_N1, slot_NK.clamp(min=0)]  # [N, K, M, 2, H]
-    in_sentence = torch.arange(slot_tokens, device=q_NGH.device) < length_NK[:, :, None]
-    valid_NKM = in_sentence & (slot_NK >= 0)[:, :, None]
-    # Rows that nobody wrote may hold anything, and 0 * NaN is NaN: values are zeroed, logits set to -inf.
-    picked = picked.masked_fill(~valid_NKM[..., None, None], 0)
-    kv = torch.cat([picked.reshape(num_heads, num_selected * slot_tokens, 2, head_dim), resident_kv], dim=1)
-    logit = torch.matmul(q_NGH, kv[:, :, 0].transpose(1, 2)).float() * scale
+    output = torch.zeros_like(q_BAH)
+    num_kv_heads, head_dim = k_BNH.shape[1:]
+    for b, lane in enumerate(lanes.lanes):
+        resident = lane.resident_kv[layer]
+        if sliding:
+            row, count = lane.position % resident.shape[1], min(lane.position + 1, resident.shape[1])
+        else:
+            row, count = lane.num_resident, lane.num_resident + 1
+        resident[:, row, 0], resident[:, row, 1] = k_BNH[b], v_BNH[b]
+        q_NGH = q_BAH[b].view(num_kv_heads, -1, head_dim)
+        if slot_BNK is None or selected_BNK is None:
+            output[b] = _attend(q_NGH, resident[:, :count], scale, softcap)[0].flatten(0, 1)
+            continue
+        hot_kv = lane.hot_kv[layer]
+        slot_NK, selected_NK = slot_BNK[b].long(), selected_BNK[b].long()
+        num_selected, slot_tokens = slot_NK.shape[1], hot_kv.shape[2]
+        head_N1 = torch.arange(num_kv_heads, device=q_BAH.device)[:, None]
+        picked = hot_kv[head_N1, slot_NK.clamp(min=0)]  # [N, K, M, 2, H]
+        valid_NKM = (slot_NK >= 0)[:, :, None].expand(-1, -1, slot_tokens)
+        if lane.num_sentences:
+            length_NK = lane.place_S4[selected_NK.clamp(min=0), 0]
+            valid_NKM = valid_NKM & (torch.arange(slot_tokens, device=q_BAH.device) < length_NK[:, :, None])
+        # Rows that nobody wrote may hold anything, and 0 * NaN is NaN: values are zeroed, logits set to -inf.
+        picked = picked.masked_fill(~valid_NKM[..., None, None], 0)
+        kv = torch.cat([picked.flatten(1, 2), resident[:, :count]], dim=1)
+        result, weight = _attend(q_NGH, kv, scale, softcap, valid_NKM.flatten(1))
+        output[b] = result.flatten(0, 1)
+        share_NK = weight[:, :, : num_selected * slot_tokens].unflatten(2, (num_selected, slot_tokens)).sum(-1).mean(1)
+        share_NK = share_NK / num_kv_heads
+        lane.share_S.index_add_(0, selected_NK.clamp(min=0).flatten(), torch.where(slot_NK >= 0, share_NK, 0).flatten())
+    return output
+
+
+def _attend(
+    q_NGH: Tensor, kv_NTH: Tensor, scale: float, softcap: float | None, valid_NT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output `[N, G, H]` and float32 weights `[N, G, T]`; `valid_NT` says which of the first tokens count."""
+    logit = torch.matmul(q_NGH, kv_NTH[:, :, 0].transpose(1, 2)).float() * scale
     if softcap is not None:
         logit = softcap * torch.tanh(logit / softcap)
-    logit[:, :, : num_selected * slot_tokens].masked_fill_(~valid_NKM.reshape(num_heads, 1, -1), -torch.inf)
+    if valid_NT is not None:
+        logit[:, :, : valid_NT.shape[1]].masked_fill_(~valid_NT[:, None], -torch.inf)
     weight = torch.softmax(logit, dim=-1)
-    output = torch.matmul(weight.to(kv.dtype), kv[:, :, 1])
-    share = weight[:, :, : num_selected * slot_tokens].view(num_heads, num_groups, num_selected, slot_tokens).sum(-1)
-    return SparseDecoded(output, share)
+    return torch.matmul(weight.to(kv_NTH.dtype), kv_NTH[:, :, 1]), weight
+
+
+@triton.jit
+def _logits(q, key, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale
+    if SOFTCAP:
+        # tanh by exp: softcap * (1 - 2 / (exp(2x) + 1))
+        logit = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logit / softcap) + 1.0))
+    return logit
+
+
+@triton.jit
+def _sparse_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    address_ptr,
+    count_ptr,
+    selected_ptr,
+    slot_ptr,
+    output_ptr,
+    partial_ptr,
+    extent_ptr,
+    sentence_ptr,
+    arrived_ptr,
+    scale,
+    softcap,
+    most_selected,
+    q_stride_b,
+    q_stride_a,
+    k_stride_b,
+    k_stride_n,
+    v_stride_b,
+    v_stride_n,
+    num_address,
+    num_count,
+    ring_rows,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    SLOT_TOKENS: tl.constexpr,
+    SLOT_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOT_SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MERGED: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
+    RING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Programs below SLOT_SPLITS read slots, the others resident tokens; the last of a head to arrive merges all."""
+    split, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head = (b * NUM_KV_HEADS + n).to(tl.int64)
+    address_ptr += b * num_address
+    count_ptr += b * num_count
+    resident = tl.load(address_ptr + RESIDENT)
+    g = tl.arange(0, GROUP_BLOCK)
+    h = tl.arange(0, HEAD_BLOCK)
+    in_group, in_head = g < GROUP, h < HEAD_DIM
+    ROW: tl.constexpr = 2 * HEAD_DIM
+    q_ptr += b.to(tl.int64) * q_stride_b + n * GROUP * q_stride_a
+    q = tl.load(q_ptr + g[:, None] * q_stride_a + h[None, :], mask=in_group[:, None] & in_head[None, :], other=0.0)
+    highest = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_BLOCK,), tl.float32)
+    value_sum = tl.zeros((GROUP_BLOCK, HEAD_BLOCK), tl.float32)
+    sentence_ptr += head * most_selected * GROUP
+    slot_ptr += head * most_selected
+    selected_ptr += head * most_selected
+
+    if split < SLOT_SPLITS:
+        k0 = split * SLOTS
+        if tl.load(slot_ptr + k0) >= 0:
+            place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32))
+            hot_ptr = tl.multiple_of(tl.load(address_ptr + HOT).to(tl.pointer_type(DTYPE)), 16)
+            hot_ptr += n.to(tl.int64) * tl.load(count_ptr + NUM_SLOTS) * (SLOT_TOKENS * ROW)
+            row = tl.arange(0, SLOTS * SLOT_BLOCK)
+            k, token = k0 + row // SLOT_BLOCK, row % SLOT_BLOCK
+            slot = tl.load(slot_ptr + k, mask=k < most_selected, other=-1)
+            sentence = tl.load(selected_ptr + k, mask=slot >= 0, other=0)
+            length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=slot >= 0, other=0)
+            valid = token < length
+            kv_ptr = hot_ptr + ((slot.to(tl.int64) * SLOT_TOKENS + token) * ROW)[:, None] + h[None, :]
+            mask = valid[:, None] & in_head[None, :]
+            key = tl.load(kv_ptr, mask=mask, other=0.0)
+            value = tl.load(kv_ptr + HEAD_DIM, mask=mask, other=0.0)
+            logit = _logits(q, key, scale, softcap, SOFTCAP, PRECISION)
+            logit = tl.where(valid[None, :], logit, float("-inf"))
+            highest = tl.max(logit, axis=1)
+            weight = tl.exp(logit - highest[:, None])
+            total = tl.sum(weight, axis=1)
+            value_sum = tl.dot(weight.to(DTYPE), value, input_precision=PRECISION)
+            # For each sentence, the sum of its weights, and their common maximum.
+            of_slot = tl.sum(tl.reshape(weight, (GROUP_BLOCK, SLOTS, SLOT_BLOCK)), axis=2)
+            log_weight = tl.log(of_slot) + highest[:, None]
+            k_of = k0 + tl.arange(0, SLOTS)
+            tl.store(
+                sentence_ptr + g[:, None] * most_selected + k_of[None, :],
+                log_weight,
+                mask=in_group[:, None] & (k_of < most_selected)[None, :],
+            )
+    elif resident != 0:
+        if RING:
+            position = tl.load(count_ptr + POSITION)
+            num_rows = ring_rows
+            new_row = position % ring_rows
+            count = tl.minimum(position + 1, ring_rows)
+        else:
+            num_rows = tl.load(count_ptr + RESIDENT_ROWS)
+            new_row = tl.load(count_ptr + NUM_RESIDENT)
+            count = new_row + 1
+        resident_ptr = tl.multiple_of(resident.to(tl.pointer_type(DTYPE)), 16) + n.to(tl.int64) * num_rows * ROW
+        new_key = tl.load(k_ptr + b.to(tl.int64) * k_stride_b + n * k_stride_n + h, mask=in_head, other=0.0)
+        new_value = tl.load(v_ptr + b.to(tl.int64) * v_stride_b + n * v_stride_n + h, mask=in_head, other=0.0)
+        for start in range((split - SLOT_SPLITS) * ROWS, count, (SPLITS - SLOT_SPLITS) * ROWS):
+            row = start + tl.arange(0, ROWS)
+            valid = row < count
+            kv_ptr = resident_ptr + (row.to(tl.int64) * ROW)[:, None] + h[None, :]
+            mask = (valid & (row != new_row))[:, None] & in_head[None, :]
+            is_new = (row == new_row)[:, None]
+            key = tl.where(is_new, new_key[None, :], tl.load(kv_ptr, mask=mask, other=0.0))
+            value = tl.where(is_new, new_value[None, :], tl.load(kv_ptr + HEAD_DIM, mask=mask, other=0.0))
+            tl.store(kv_ptr, key, mask=is_new & in_head[None, :])
+            tl.store(kv_ptr + HEAD_DIM, value, mask=is_new & in_head[None, :])
+            logit = _logits(q, key, scale, softcap, SOFTCAP, PRECISION)
+            logit = tl.where(valid[None, :], logit, float("-inf"))
+            now = tl.maximum(highest, tl.max(logit, axis=1))
+            weight = tl.exp(logit - now[:, None])
+            factor = tl.exp(highest - now)
+            total = total * factor + tl.sum(weight, axis=1)
+            value_sum = value_sum * factor[:, None] + tl.dot(weight.to(DTYPE), value, input_precision=PRECISION)
+            highest = now
+
+    partial_ptr += head * SPLITS * GROUP * HEAD_DIM
+    extent_ptr += head * SPLITS * GROUP * 2
+    entry = split * GROUP + g
+    tl.store(extent_ptr + entry * 2, highest, mask=in_group)
+    tl.store(extent_ptr + entry * 2 + 1, total, mask=in_group)
+    tl.store(
+        partial_ptr + entry[:, None] * HEAD_DIM + h[None, :], value_sum, mask=in_group[:, None] & in_head[None, :]
+    )
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
+    if arrived == SPLITS - 1:
+        tl.store(arrived_ptr + head, 0)
+        output_ptr += head * GROUP * HEAD_DIM
+        for i in tl.static_range(GROUP):
+            top = tl.full((), float("-inf"), tl.float32)
+            sum_of = tl.zeros((), tl.float32)
+            merged = tl.zeros((HEAD_BLOCK,), tl.float32)
+            for first in tl.static_range(0, SPLITS, MERGED):
+                p = first + tl.arange(0, MERGED)
+                there = p < SPLITS
+                of_p = tl.load(extent_ptr + (p * GROUP + i) * 2, mask=there, other=float("-inf"))
+                sum_p = tl.load(extent_ptr + (p * GROUP + i) * 2 + 1, mask=there, other=0.0)
+                part = tl.load(
+                    partial_ptr + ((p * GROUP + i) * HEAD_DIM)[:, None] + h[None, :],
+                    mask=(there & (sum_p > 0))[:, None] & in_head[None, :],
+                    other=0.0,
+                )
+                now = tl.maximum(top, tl.max(of_p, axis=0))
+                safe = tl.where(now == float("-inf"), 0.0, now)
+                weight = tl.exp(of_p - safe)
+                factor = tl.exp(top - safe)
+                sum_of = sum_of * factor + tl.sum(weight * sum_p, axis=0)
+                merged = merged * factor + tl.sum(part * weight[:, None], axis=0)
+                top = now
+            # A lane without a sequence has nothing to attend to.
+            output = tl.where(sum_of > 0, merged / tl.maximum(sum_of, 1e-38), 0.0)
+            tl.store(output_ptr + i * HEAD_DIM + h, output.to(DTYPE), mask=in_head)
+            tl.store(extent_ptr + i * 2, top + tl.log(tl.maximum(sum_of, 1e-38)))
+        if SLOT_SPLITS > 0:
+            tl.debug_barrier()
+            share_ptr = tl.load(address_ptr + SHARE).to(tl.pointer_type(tl.float32))
+            k = tl.arange(0, SELECTED_BLOCK)
+            taken = tl.load(slot_ptr + k, mask=k < most_selected, other=-1) >= 0
+            share = tl.zeros((SELECTED_BLOCK,), tl.float32)
+            for i in tl.static_range(GROUP):
+                log_total = tl.load(extent_ptr + i * 2)
+                log_weight = tl.load(sentence_ptr + i * most_selected + k, mask=taken, other=float("-inf"))
+                share += tl.exp(log_weight - log_total)
+            sentence = tl.load(selected_ptr + k, mask=taken, other=0)
+            tl.atomic_add(share_ptr + sentence, share / (GROUP * NUM_KV_HEADS), mask=taken, sem="relaxed")
+
+
+def sparse_decode_triton(
+    q_BAH: Tensor,
+    k_BNH: Tensor,
+    v_BNH: Tensor,
+    lanes: Lanes,
+    layer: int,
+    selected_BNK: Tensor | None,
+    slot_BNK: Tensor | None,
+    *,
+    scale: float,
+    sliding: bool = False,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention over slots and resident tokens, by one kernel: partial results, merged by the last program to end."""
+    batch, num_heads, head_dim = q_BAH.shape
+    num_kv_heads = k_BNH.shape[1]
+    group = num_heads // num_kv_heads
+    device, dtype = q_BAH.device, q_BAH.dtype
+    assert q_BAH.stride(2) == k_BNH.stride(2) == v_BNH.stride(2) == 1
+    resident = [lane.resident_kv[layer] for lane in lanes.lanes]
+    most_rows = max(kv.shape[1] for kv in resident)
+    most_selected = 0 if slot_BNK is None else slot_BNK.shape[2]
+    slot_splits = triton.cdiv(most_selected, _SLOTS)
+    slot_block = max(4, triton.next_power_of_2(lanes.slot_tokens))
+    resident_splits = min(triton.cdiv(most_rows, _ROWS), max(1, 1056 // (num_kv_heads * batch)))
+    splits = slot_splits + resident_splits
+    output = torch.empty((batch, num_heads, head_dim), dtype=dtype, device=device)
+    partial = torch.empty((batch * num_heads * splits * head_dim,), dtype=torch.float32, device=device)
+    extent = torch.empty((batch * num_heads * splits * 2,), dtype=torch.float32, device=device)
+    of_sentence = torch.empty((batch * num_heads * most_selected,), dtype=torch.float32, device=device)
+    address_rows = lanes.address_rows(layer)
+    _sparse_decode_kernel[(splits, num_kv_heads, batch)](
+        q_BAH,
+        k_BNH,
+        v_BNH,
+        address_rows,
+        lanes.count_of,
+        lanes.count_of if selected_BNK is None else selected_BNK,  # never read if there are no slots
+        lanes.count_of if slot_BNK is None else slot_BNK,
+        output,
+        partial,
+        extent,
+        of_sentence,
+        lanes.arrived,
+        scale,
+        softcap or 1.0,
+        most_selected,
+        q_BAH.stride(0),
+        q_BAH.stride(1),
+        k_BNH.stride(0),
+        k_BNH.stride(1),
+        v_BNH.stride(0),
+        v_BNH.stride(1),
+        address_rows.stride(0),
+        lanes.count_of.stride(0),
+        most_rows,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
+        SLOT_TOKENS=lanes.slot_tokens,
+        SLOT_BLOCK=slot_block,
+        SLOTS=_SLOTS,
+        ROWS=_ROWS,
+        SLOT_SPLITS=slot_splits,
+        SPLITS=splits,
+        MERGED=min(_MERGED, triton.next_power_of_2(splits)),
+        SELECTED_BLOCK=triton.next_power_of_2(max(most_selected, 1)),
+        RING=sliding,
+        SOFTCAP=softcap is not None,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        DTYPE=element_type(dtype),
+        num_warps=4,
+    )
+    return output
 
 
 def sparse_decode(
-    q_NGH: Tensor,
-    hot_kv: Tensor,
-    slot_NK: Tensor,
-    length_NK: Tensor,
-    resident_kv: Tensor,
+    q_BAH: Tensor,
+    k_BNH: Tensor,
+    v_BNH: Tensor,
+    lanes: Lanes,
+    layer: int,
+    selected_BNK: Tensor | None,
+    slot_BNK: Tensor | None,
     *,
     scale: float,
+    sliding: bool = False,
     softcap: float | None = None,
-) -> SparseDecoded:
-    """Attention over slots and resident tokens; see `sparse_decode_ref`."""
-    return sparse_decode_ref(q_NGH, hot_kv, slot_NK, length_NK, resident_kv, scale=scale, softcap=softcap)
+) -> Tensor:
+    """Attention of one new token over slots and resident tokens; see `sparse_decode_ref`."""
+    op = sparse_decode_triton if q_BAH.is_cuda else sparse_decode_ref
+    return op(
+        q_BAH, k_BNH, v_BNH, lanes, layer, selected_BNK, slot_BNK, scale=scale, sliding=sliding, softcap=softcap
+    )

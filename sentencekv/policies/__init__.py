@@ -11,14 +11,13 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from triton_ops import group_scores, select_sentences
-from triton_ops.score_sentences import Group
+from triton_ops import Lanes, select_sentences
+from triton_ops.select_sentences import Group
 
 Tables = tuple[Tensor, ...]
 """A policy's summaries of some sentences: tables whose rows are sentences, or tokens, in order."""
@@ -28,7 +27,7 @@ Tables = tuple[Tensor, ...]
 class Policy:
     """What every policy promises: a summary for each closed sentence, and a choice of sentences for each query.
 
-    A policy gives `summarize` and `logits`; one that chooses in another way overrides `select`.
+    A policy gives `summarize` and `score`; one that chooses in another way overrides `select`.
     """
 
     reads: ClassVar[Literal["selected", "recent", "everything"]] = "selected"
@@ -42,47 +41,29 @@ class Policy:
             raise ValueError(f"policy option group must be 'max' or 'mean', got {self.group!r}")
 
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
-        """Summaries of sentences from their post-RoPE keys `[T, N, H]`; `offsets` is CSR, `[S + 1]`.
+        """Summaries of sentences from their post-RoPE keys `[T, N, H]`; `offsets` is CSR, `[S + 1]`: one or two tables.
 
         Floating-point tables are kept in the keys' dtype, others as they are.
         """
         raise NotImplementedError
 
-    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float, longest: int) -> Tensor:
-        """How much each query head wants each sentence of some tables, `[N, G, S]` float32, as a log of mass.
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
+        """How much each query head wants each sentence of its lane, `[B, N, G, S]` float32, as a log of mass.
 
-        No sentence has more than `longest` tokens: a bound that is known without asking the device.
+        Args:
+            q_BAH: post-RoPE queries, the G query heads that share a KV head adjacent.
+            lanes: where the tables that `summarize` made are: `lanes.lanes[b].parts[i].tables[layer]`.
+            scale: of the attention logits.
         """
         raise NotImplementedError
 
-    def select(
-        self,
-        q_NGH: Tensor,
-        parts: Sequence[Tables],
-        length_S: Tensor,
-        *,
-        scale: float,
-        longest: int,
-        room_tokens: int,
-        max_selected: int,
-    ) -> Tensor:
-        """Ids of the chosen sentences, int64 `[N, K]`, best first, padded with -1; at most `room_tokens` per head.
+    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
+        """Ids of the chosen sentences, int32 `[B, N, K]`, rising, padded with -1; at most `room_tokens` per head.
 
-        Args:
-            q_NGH: post-RoPE queries.
-            parts: the session's tables, one tuple for each extent; the first table has a row for each sentence.
-            length_S: int64, tokens of each sentence, over all parts.
-            scale: of the attention logits.
-            longest: at least as many tokens as any sentence has.
+        Runs inside a CUDA graph: no host synchronisation, and launches that do not depend on what lanes hold.
         """
-        logits = []
-        first = 0
-        for tables in parts:
-            stop = first + tables[0].shape[0]
-            logits.append(self.logits(q_NGH, tables, length_S[first:stop], scale=scale, longest=longest))
-            first = stop
-        score_NS = group_scores(torch.cat(logits, dim=-1), group=self.group)
-        return select_sentences(score_NS, length_S, room_tokens=room_tokens, max_selected=max_selected)
+        logit_BNGS = self.score(q_BAH, lanes, layer, scale=scale)
+        return select_sentences(logit_BNGS, lanes, group=self.group, room_tokens=room_tokens)
 
     @classmethod
     def describe(cls) -> str:

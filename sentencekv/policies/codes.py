@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sentencekv.policies import Policy, Tables
-from triton_ops import encode_keys, score_codes, summarize
+from triton_ops import Lanes, encode_keys, score_codes, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,5 @@ class Codes(Policy):
         box_SN2H = torch.stack([moments.minimum, moments.maximum], dim=2)
         return box_SN2H, encode_keys(key_TNH, box_SN2H, offsets, bits=self.bits)
 
-    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float, longest: int) -> Tensor:
-        box_SN2H, code_TNW = tables
-        return score_codes(q_NGH, box_SN2H, code_TNW, length_S, scale=scale, bits=self.bits, longest=longest)
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
+        return score_codes(q_BAH, lanes, layer, scale=scale, bits=self.bits)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sentencekv.policies import Policy, Tables
-from triton_ops import score_sentences, summarize
+from triton_ops import Lanes, score_sentences, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,5 @@ class Moments(Policy):
         moments = summarize(key_TNH, offsets)
         return (torch.stack([moments.mean, 0.5 * moments.variance], dim=2),)
 
-    def logits(self, q_NGH: Tensor, tables: Tables, length_S: Tensor, *, scale: float, longest: int) -> Tensor:
-        bias_S = torch.log(length_S.to(torch.float32))
-        return score_sentences(q_NGH, tables[0], scale=scale, spread="square", bias_S=bias_S)
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
+        return score_sentences(q_BAH, lanes, layer, scale=scale, spread="square", log_length=True)

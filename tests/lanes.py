@@ -1,0 +1,122 @@
+"""Random lanes for tests of the ops: ragged, in several parts and slabs, with a hot set that is partly filled."""
+
+import torch
+from torch import Tensor
+
+from triton_ops import encode_keys, summarize
+from triton_ops.lanes import Lane, Lanes, Part
+
+SLOT_TOKENS = 8
+
+
+def random_lane(
+    lengths: list[list[int]],
+    *,
+    heads: int,
+    dim: int,
+    slots: int,
+    resident: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    layers: tuple[int, ...] = (0,),
+    slot_tokens: int = SLOT_TOKENS,
+    bits: int = 2,
+    tables: str = "moments",
+    slab_tokens: int = 64,
+    ring: dict[int, int] | None = None,
+) -> Lane:
+    """A lane whose parts have sentences of the given lengths, and random KV everywhere."""
+    pinned = device.type == "cuda"
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    num_sentences = sum(len(part) for part in lengths)
+    place: list[list[int]] = []
+    parts: list[Part] = []
+    slabs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    used = slab_tokens
+    num_slabs = 0
+    first = 0
+    for part in lengths:
+        part_tables: dict[int, tuple[Tensor, ...]] = {}
+        row_in_part = 0
+        for length in part:
+            if used + length > slab_tokens:
+                num_slabs, used = num_slabs + 1, 0
+                for layer in layers:
+                    slab = draw(heads, slab_tokens, 2, dim)
+                    slabs[layer].append(slab.pin_memory() if pinned else slab)
+            place.append([length, num_slabs - 1, used, row_in_part])
+            used += length
+            row_in_part += length
+        for layer in layers:
+            keys = [slabs[layer][s][:, r : r + n, 0] for n, s, r, _ in place[first : first + len(part)]]
+            key_TNH = torch.cat(keys, dim=1).transpose(0, 1) if keys else draw(0, heads, dim)
+            offsets = torch.tensor([0, *part]).cumsum(0)
+            moments = summarize(key_TNH, offsets)
+            if tables == "moments":
+                made = (torch.stack([moments.mean, 0.5 * moments.variance], dim=2).to(dtype),)
+            elif tables == "mean":
+                made = (moments.mean[:, :, None].to(dtype),)
+            else:
+                box = torch.stack([moments.minimum, moments.maximum], dim=2).to(dtype)
+                made = (box, encode_keys(key_TNH, box, offsets, bits=bits))
+            part_tables[layer] = tuple(table.to(device) for table in made)
+        parts.append(Part(first, len(part), part_tables))
+        first += len(part)
+
+    def table(*shape: int) -> dict[int, Tensor]:
+        return {layer: torch.full(shape, -1, dtype=torch.int32, device=device) for layer in layers}
+
+    rows = resident + 5
+    lane = Lane(
+        resident_kv={layer: draw(heads, rows, 2, dim).to(device) for layer in layers},
+        hot_kv={
+            layer: torch.full((heads, slots, slot_tokens, 2, dim), torch.nan, dtype=dtype, device=device)
+            for layer in layers
+        },
+        sentence_of_slot=table(heads, slots),
+        last_used=table(heads, slots),
+        slot_of_sentence=table(heads, num_sentences + 3),
+        place_S4=torch.tensor(place, dtype=torch.int32, device=device).reshape(-1, 4),
+        slabs=slabs,
+        slab_of={
+            layer: torch.tensor(
+                [[slab.data_ptr(), slab_tokens] for slab in slabs[layer]], dtype=torch.int64, device=device
+            ).reshape(-1, 2)
+            for layer in layers
+        },
+        parts=parts,
+        share_S=torch.zeros(num_sentences + 3, device=device),
+        traffic=torch.zeros(3, dtype=torch.int64, device=device),
+        num_resident=resident,
+        num_sentences=num_sentences,
+        max_selected=slots,
+        num_slots=slots,
+        step=0,
+        position=sum(map(sum, lengths)) + resident,
+    )
+    for layer, size in (ring or {}).items():
+        lane.resident_kv[layer] = draw(heads, size, 2, dim).to(device)
+    return lane
+
+
+def seat(lanes: list[Lane], device: torch.device, *, spare: int = 1, most_selected: int | None = None) -> Lanes:
+    """A batch with these lanes, and `spare` empty ones behind them."""
+    layers = sorted(lanes[0].resident_kv)
+    heads = lanes[0].resident_kv[layers[0]].shape[0]
+    batch = Lanes(
+        len(lanes) + spare,
+        layers,
+        device,
+        num_kv_heads=heads,
+        capacity=max(lane.num_sentences for lane in lanes) + 7,
+        most_selected=most_selected or max(lane.max_selected for lane in lanes),
+        most_slots=max(lane.num_slots for lane in lanes) + 2,
+        max_parts=max(len(lane.parts) for lane in lanes) + 1,
+        slot_tokens=next(iter(lanes[0].hot_kv.values())).shape[2],
+    )
+    batch.seat(lanes)
+    return batch

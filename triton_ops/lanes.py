@@ -1,0 +1,230 @@
+"""Sequences that decode side by side, as the ops see them.
+
+A lane is the place of one sequence in a decoding batch. Kernels find everything that belongs to a sequence through the
+lane's row of two tables in device memory: addresses in one, counts in the other. So a launch, and a CUDA graph made of
+launches, depends on neither the sequence nor its length: rows are rewritten between steps, the graph stays.
+
+Knows tensors and their places; nothing of policies, sessions or models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+# Columns of `Lanes.address_of`, int64, one row for each layer and lane.
+RESIDENT = tl.constexpr(0)
+HOT = tl.constexpr(1)
+SENTENCE_OF_SLOT = tl.constexpr(2)
+LAST_USED = tl.constexpr(3)
+SLOT_OF_SENTENCE = tl.constexpr(4)
+PLACE = tl.constexpr(5)
+SLABS = tl.constexpr(6)
+SHARE = tl.constexpr(7)
+TRAFFIC = tl.constexpr(8)
+PARTS = tl.constexpr(9)
+"""From here, four columns for each part: first sentence, number of sentences, addresses of its two tables."""
+
+# Columns of `Lanes.count_of`, int32, one row for each lane.
+NUM_RESIDENT = tl.constexpr(0)
+NUM_SENTENCES = tl.constexpr(1)
+NUM_PARTS = tl.constexpr(2)
+MAX_SELECTED = tl.constexpr(3)
+STEP = tl.constexpr(4)
+POSITION = tl.constexpr(5)
+NUM_SLOTS = tl.constexpr(6)
+RESIDENT_ROWS = tl.constexpr(7)
+SENTENCE_ROWS = tl.constexpr(8)
+COUNT_FIELDS = tl.constexpr(9)
+
+# Columns of `Lane.place_S4`, int32.
+PLACE_LENGTH = tl.constexpr(0)
+PLACE_SLAB = tl.constexpr(1)
+PLACE_ROW = tl.constexpr(2)
+PLACE_FIRST = tl.constexpr(3)
+
+# Columns of `Lane.traffic`, int64: sums over layers, heads and steps.
+TRAFFIC_SELECTED = tl.constexpr(0)
+TRAFFIC_MISSED = tl.constexpr(1)
+TRAFFIC_TOKENS = tl.constexpr(2)
+
+
+_ELEMENT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def element_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype in which keys and values may be kept."""
+    return _ELEMENT_TYPES[dtype]
+
+
+class Part(NamedTuple):
+    """A run of sentences whose summaries stand together. `tables[layer]`: one or two tensors, rows of the part first."""
+
+    first: int
+    count: int
+    tables: dict[int, tuple[Tensor, ...]]
+
+
+@dataclasses.dataclass(eq=False)
+class Lane:
+    """What ops read and write of one sequence. Keyed by layer number; a sliding-window layer has `resident_kv` alone.
+
+    All tensors are on the device but `slabs`, which are in host memory (pinned where there is a GPU).
+    """
+
+    resident_kv: dict[int, Tensor]
+    """`[N, R, 2, H]`: the tokens that are always read, in the first rows; room for the new one behind them. In a
+    sliding-window layer a ring of R rows: the token at position p is in row `p % R`."""
+
+    hot_kv: dict[int, Tensor]
+    """`[N, C, M, 2, H]`: slots of the hot set."""
+
+    sentence_of_slot: dict[int, Tensor]
+    """int32 `[N, C]`, -1 for a free slot."""
+
+    last_used: dict[int, Tensor]
+    """int32 `[N, C]`: the step of last use, -1 if never."""
+
+    slot_of_sentence: dict[int, Tensor]
+    """int32 `[N, at least S]`, -1 for a sentence that has no slot."""
+
+    place_S4: Tensor
+    """int32 `[S, 4]`: tokens of each sentence, its slab, its first row there, its first token among all closed ones of
+    its part."""
+
+    slabs: dict[int, list[Tensor]]
+    """`[N, capacity, 2, H]` each; a token's K and V are adjacent."""
+
+    slab_of: dict[int, Tensor]
+    """int64 `[number of slabs, 2]` on the device: address and capacity of each slab."""
+
+    parts: list[Part]
+    share_S: Tensor
+    """float32 `[at least S]`: attention that each sentence got, summed over steps, layers and KV heads."""
+
+    traffic: Tensor
+    """int64 `[3]`: sentences selected, sentences missed, tokens copied."""
+
+    num_resident: int = 0
+    num_sentences: int = 0
+    max_selected: int = 0
+    num_slots: int = 0
+    step: int = 0
+    """Sparse steps so far; rises by one from step to step."""
+    position: int = 0
+    """Position of the new token: tokens before it."""
+
+    def counts(self) -> list[int]:
+        """This lane's row of `Lanes.count_of`."""
+        some = next((kv for kv in self.hot_kv), None)
+        resident_rows = self.resident_kv[some].shape[1] if some is not None else 0
+        sentence_rows = self.slot_of_sentence[some].shape[1] if some is not None else 0
+        return [
+            self.num_resident,
+            self.num_sentences,
+            len(self.parts),
+            self.max_selected,
+            self.step,
+            self.position,
+            self.num_slots,
+            resident_rows,
+            sentence_rows,
+        ]
+
+    def addresses(self, layer: int, max_parts: int) -> list[int]:
+        """This lane's row of `Lanes.address_of` for one layer."""
+        row = [0] * (PARTS.value + 4 * max_parts)
+        row[RESIDENT.value] = self.resident_kv[layer].data_ptr()
+        row[PLACE.value] = self.place_S4.data_ptr()
+        row[SHARE.value] = self.share_S.data_ptr()
+        row[TRAFFIC.value] = self.traffic.data_ptr()
+        if layer in self.hot_kv:
+            row[HOT.value] = self.hot_kv[layer].data_ptr()
+            row[SENTENCE_OF_SLOT.value] = self.sentence_of_slot[layer].data_ptr()
+            row[LAST_USED.value] = self.last_used[layer].data_ptr()
+            row[SLOT_OF_SENTENCE.value] = self.slot_of_sentence[layer].data_ptr()
+            row[SLABS.value] = self.slab_of[layer].data_ptr()
+            for i, part in enumerate(self.parts):
+                tables = part.tables[layer]
+                first = PARTS.value + 4 * i
+                row[first : first + 4] = [part.first, part.count, tables[0].data_ptr(), tables[-1].data_ptr()]
+        for column in (RESIDENT.value, HOT.value, PLACE.value):
+            assert row[column] % 16 == 0, "kernels read 16 bytes at a time"
+        return row
+
+
+class Lanes:
+    """A batch of lanes and its tables on the device.
+
+    `capacity`: more sentences than any lane has; `most_selected`, `most_slots`, `max_parts`: at least as many as any
+    lane selects in one step, has slots, has parts; `slot_tokens`: tokens in a slot, and at most so many in a sentence.
+    All are part of a launch: a change means a new graph.
+    """
+
+    def __init__(
+        self,
+        num_lanes: int,
+        layers: Sequence[int],
+        device: torch.device,
+        *,
+        num_kv_heads: int,
+        capacity: int,
+        most_selected: int,
+        most_slots: int,
+        max_parts: int,
+        slot_tokens: int,
+    ) -> None:
+        self.lanes: list[Lane] = []
+        self.num_lanes = num_lanes
+        self.num_kv_heads = num_kv_heads
+        self.layers = list(layers)
+        self.capacity, self.max_parts = capacity, max_parts
+        self.most_selected, self.most_slots = most_selected, most_slots
+        self.slot_tokens = slot_tokens
+        self.device = device
+        pinned = device.type == "cuda"
+        self._row_of = {layer: i for i, layer in enumerate(self.layers)}
+        width = PARTS.value + 4 * max_parts
+        self._address_on_host = torch.zeros((len(self.layers), num_lanes, width), dtype=torch.int64, pin_memory=pinned)
+        self._count_on_host = torch.zeros((num_lanes, COUNT_FIELDS.value), dtype=torch.int32, pin_memory=pinned)
+        self.address_of = self._address_on_host.to(device)
+        self.count_of = self._count_on_host.to(device)
+        self.arrived = torch.zeros(num_lanes * num_kv_heads, dtype=torch.int32, device=device)
+        """Scratch of kernels whose programs count themselves; zero between launches."""
+
+    def address_rows(self, layer: int) -> Tensor:
+        """int64 `[lanes, columns]`: the rows of one layer."""
+        return self.address_of[self._row_of[layer]]
+
+    def fits(self, lanes: Sequence[Lane]) -> bool:
+        """Whether these lanes can be seated without larger tables."""
+        return len(lanes) <= self.num_lanes and all(
+            lane.num_sentences < self.capacity
+            and lane.max_selected <= self.most_selected
+            and lane.num_slots <= self.most_slots
+            and len(lane.parts) <= self.max_parts
+            for lane in lanes
+        )
+
+    def seat(self, lanes: Sequence[Lane]) -> None:
+        """Put these sequences into the first lanes, addresses and counts; what ops read from the next launch on."""
+        assert self.fits(lanes)
+        self.lanes = list(lanes)
+        self._address_on_host[:, len(lanes) :] = 0
+        self._count_on_host[len(lanes) :] = 0
+        for i, lane in enumerate(lanes):
+            rows = [lane.addresses(layer, self.max_parts) for layer in self.layers]
+            self._address_on_host[:, i] = torch.tensor(rows, dtype=torch.int64)
+        self.address_of.copy_(self._address_on_host)
+        self.count()
+
+    def count(self) -> None:
+        """Bring the counts of all seated lanes to the device."""
+        for i, lane in enumerate(self.lanes):
+            self._count_on_host[i] = torch.tensor(lane.counts(), dtype=torch.int32)
+        self.count_of.copy_(self._count_on_host)
