@@ -149,18 +149,30 @@ def forward(
         batch = LaneBatch(sessions[0].policy)
         batch.seat(sessions)
     keep: int | Tensor = 0 if all_logits else torch.tensor(lengths, device=device).cumsum(0) - 1
+    ids = torch.tensor([token for ids in token_ids for token in ids], device=device)
+    logits = run_model(model, ids, torch.cat(positions).to(device), batch, keep)
+    for session in sessions:
+        session.end()
+    return logits
+
+
+def run_model(
+    model: PreTrainedModel, ids_L: Tensor, position_L: Tensor, batch: SessionBatch | LaneBatch, keep: int | Tensor = 0
+) -> Tensor:
+    """The model over one row of packed tokens, attention through `batch`. Returns float32 logits, `[L, vocabulary]`.
+
+    `keep`: the tokens whose logits are wanted, as transformers' `logits_to_keep`; 0: all.
+    """
     with _attention_as(model, NAME):
         output = model(
-            input_ids=torch.tensor([token for ids in token_ids for token in ids], device=device)[None],
-            position_ids=torch.cat(positions).to(device)[None],
-            attention_mask=torch.zeros(_NO_MASK_SHAPE, device=device),
+            input_ids=ids_L[None],
+            position_ids=position_L[None],
+            attention_mask=torch.zeros(_NO_MASK_SHAPE, device=ids_L.device),
             use_cache=False,
             return_dict=True,
             logits_to_keep=keep,
             session=batch,
         )
-    for session in sessions:
-        session.end()
     return output.logits[0].float()
 
 

@@ -61,6 +61,12 @@ class LaneBatch:
             self._lanes.count()
         return changed
 
+    def vacate(self) -> None:
+        """Take all sessions out: until `seat`, launches read and write nothing of any session."""
+        assert self._lanes is not None
+        self._lanes.clear()
+        self._seated = []
+
     def attend(
         self,
         layer: int,

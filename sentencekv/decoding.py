@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from sentencekv.attention import forward
+from sentencekv.graph import Stepper
 from sentencekv.prompts import tail_ends
 from sentencekv.sampling import Sampler, SamplingOptions, TextStream
 from sentencekv.session import Session
@@ -73,7 +73,7 @@ class Decoding:
         session.expect([start + end for end in tail_ends(self._tokenizer, tail, session.config)])
 
 
-def decode(model: PreTrainedModel, decodings: Sequence[Decoding], first_logits_BV: Tensor) -> Iterator[tuple[int, str]]:
+def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Tensor) -> Iterator[tuple[int, str]]:
     """Generate until every sequence has ended; yields `(index, text)` whenever text becomes certain.
 
     `first_logits_BV` are those of each sequence's last context token. A sequence that ends leaves the batch.
@@ -90,9 +90,4 @@ def decode(model: PreTrainedModel, decodings: Sequence[Decoding], first_logits_B
             return
         for i in active:
             decodings[i].close_sentences()
-        logits_BV = forward(
-            model,
-            [[decodings[i].token_ids[-1]] for i in active],
-            [decodings[i].session for i in active],
-            exact=False,
-        )
+        logits_BV = stepper.step([decodings[i].session for i in active], [decodings[i].token_ids[-1] for i in active])

@@ -19,6 +19,7 @@ from sentencekv.attention import forward, text_config
 from sentencekv.config import Config
 from sentencekv.decoding import Decoding, decode
 from sentencekv.generation import Generation, find_sources, finish
+from sentencekv.graph import Stepper
 from sentencekv.prompts import Prompt, section
 from sentencekv.reading import Progress, read
 from sentencekv.sampling import SamplingOptions, refuse_nan
@@ -40,6 +41,7 @@ class Engine:
         self.config = config
         self.memory = memory
         self.policy = policies.load(config.policy, config.policy_options)
+        self.stepper = Stepper(model, self.policy)
         self._stop_ids = _stop_ids(model, tokenizer)
         embedding: Any = model.get_input_embeddings()
         self._num_embeddings: int = embedding.weight.shape[0]
@@ -107,7 +109,7 @@ class Engine:
         sessions = [self.session() for _ in prompts]
         logits = self.read(sessions, prompts, progress)
         decodings = [self._decoding(s, p.token_ids, options) for s, p in zip(sessions, prompts, strict=True)]
-        yield from decode(self.model, decodings, logits)
+        yield from decode(self.stepper, decodings, logits)
         for decoding, prompt in zip(decodings, prompts, strict=True):
             sources = find_sources(decoding, prompt, 0)
             results.append(finish(decoding, sources, context_tokens=len(prompt.token_ids), started_at=started_at))
@@ -129,7 +131,7 @@ class Engine:
         logits = self.read([session], [appended], progress)
         context_ids = context.token_ids + appended.token_ids
         decoding = self._decoding(session, context_ids, options)
-        yield from decode(self.model, [decoding], logits)
+        yield from decode(self.stepper, [decoding], logits)
         sources = find_sources(decoding, context, first_char)
         results.append(finish(decoding, sources, context_tokens=len(context_ids), started_at=started_at))
 
@@ -147,7 +149,7 @@ class Engine:
         if self.policy.reads == "everything" and len(scored) > 1:
             logits.append(forward(self.model, [scored[:-1]], [session], exact=True, all_logits=True))
         else:
-            logits += [forward(self.model, [[token]], [session], exact=False) for token in scored[:-1]]
+            logits += [self.stepper.step([session], [token]).clone() for token in scored[:-1]]
         logits_LV = torch.cat(logits)
         refuse_nan(logits_LV)
         target = torch.tensor(scored, device=logits_LV.device)

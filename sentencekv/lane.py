@@ -1,8 +1,8 @@
 """What one session holds on the device while it decodes, in tensors that stay where they are.
 
-Reading appends thousands of tokens at once and replaces tensors; decoding adds one token to each layer, and a CUDA graph
-needs fixed addresses. So a session that starts to decode moves its sink and recent tokens into buffers with room, and
-gets a hot set; `SessionLane` is both, of all layers, and does between two steps what cannot be part of a graph: it
+Reading appends thousands of tokens at once and replaces tensors; decoding adds one token to each layer, and a CUDA
+graph needs fixed addresses. So a session that starts to decode moves its sink and recent tokens into buffers with room,
+and gets a hot set; `SessionLane` is both, of all layers, and does between two steps what cannot be part of a graph: it
 closes sentences. Knows tensors, extents and configuration; nothing of policies' scores or of batches.
 """
 

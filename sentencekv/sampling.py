@@ -126,6 +126,13 @@ class Sampler:
 
         Raises FloatingPointError on NaN logits.
         """
+        if self._greedy and not self._processors and not self._logprobs:
+            # NaN counts as the largest: one wait for the device tells both.
+            highest, index = logits_V.max(dim=-1)
+            value, token = torch.stack([highest.double(), index.double()]).tolist()
+            if math.isnan(value):
+                refuse_nan(logits_V)
+            return int(token), None
         refuse_nan(logits_V)
         ids = cast(torch.LongTensor, self._ids[None])
         scores = (

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
 _LARGE_SLAB_TOKENS = 4096
 _SMALL_SLAB_TOKENS = 256
 _TABLE_ROOM = 256
@@ -189,9 +188,7 @@ class Extent:
         self.place_of = torch.cat([self.place_of, torch.tensor(placed, dtype=torch.int64).reshape(-1, 4)])
         return runs
 
-    def allocate(
-        self, layer: int, runs: Sequence[Run], num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
+    def allocate(self, layer: int, runs: Sequence[Run], num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Host memory of one layer for the slabs of these runs, where they have none yet."""
         for run in runs:
             if layer not in run.slab.kv_of_layer:
@@ -299,9 +296,7 @@ class Places:
 
     def slab_addresses(self, layers: Sequence[int]) -> Tensor:
         """int64 `[D, number of slabs, 2]` on the device: address and capacity of each slab, for each of D layers."""
-        rows = [
-            [[slab.kv_of_layer[layer].data_ptr(), slab.capacity_tokens] for slab in self.slabs] for layer in layers
-        ]
+        rows = [[[slab.kv_of_layer[layer].data_ptr(), slab.capacity_tokens] for slab in self.slabs] for layer in layers]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1, 2).to(self._device)
 
     def read(self, layer: int, into_NTH: Tensor) -> None:

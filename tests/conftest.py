@@ -1,4 +1,4 @@
-"""Tiny random models and a tiny tokenizer: no network, no GPU needed."""
+"""Tiny random models and a tiny tokenizer; where kernels run. No network, no GPU needed."""
 
 import os
 
@@ -7,7 +7,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels then run in Triton's interpreter, on CPU tensors; it has to be asked for before triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Callable
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sentencekv.prose import generate_prose
@@ -88,6 +96,37 @@ def prose() -> str:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every test that takes it runs on the CPU, and on a GPU where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def kernel_device(device: torch.device) -> torch.device:
+    """Where `<op>_triton` runs: on the GPU if there is one, else on the CPU in the interpreter."""
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("kernels run on the GPU here")
+    return device
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write holds NaN, or a number that no table has room for."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make_and_fill(*args: object, **keywords: object) -> Tensor:
+            tensor = make(*args, **keywords)
+            if tensor.dtype == torch.bool:
+                return tensor.fill_(True)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return make_and_fill
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The interpreter computes masked-out elements as well, and numpy warns of them.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

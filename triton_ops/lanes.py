@@ -63,7 +63,7 @@ def element_type(dtype: torch.dtype) -> tl.dtype:
 
 
 class Part(NamedTuple):
-    """A run of sentences whose summaries stand together. `tables[layer]`: one or two tensors, rows of the part first."""
+    """A run of sentences whose summaries stand together. `tables[layer]`: one or two tensors."""
 
     first: int
     count: int
@@ -222,6 +222,11 @@ class Lanes:
             self._address_on_host[:, i] = torch.tensor(rows, dtype=torch.int64)
         self.address_of.copy_(self._address_on_host)
         self.count()
+
+    def clear(self) -> None:
+        """Empty all rows on the device; `lanes` go on saying what shapes to launch for."""
+        self.address_of.zero_()
+        self.count_of.zero_()
 
     def count(self) -> None:
         """Bring the counts of all seated lanes to the device."""

@@ -74,7 +74,9 @@ def offload_kv_triton(
     )
 
 
-def offload_kv(kv_DNTH: Tensor, slabs_of: list[list[Tensor]], slab_of_D: Tensor, place_P4: Tensor, longest: int) -> None:
+def offload_kv(
+    kv_DNTH: Tensor, slabs_of: list[list[Tensor]], slab_of_D: Tensor, place_P4: Tensor, longest: int
+) -> None:
     """Copy closed sentences of all layers to host memory; see `offload_kv_ref`."""
     op = offload_kv_triton if kv_DNTH.is_cuda else offload_kv_ref
     op(kv_DNTH, slabs_of, slab_of_D, place_P4, longest)

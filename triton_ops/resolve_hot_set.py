@@ -202,7 +202,8 @@ def _resolve_hot_set_kernel(
 def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:
     """Slots of the selection, by one program for each KV head and lane."""
     batch, num_kv_heads, most_selected = selected_BNK.shape
-    assert selected_BNK.is_contiguous() and selected_BNK.dtype == torch.int32
+    assert selected_BNK.is_contiguous()
+    assert selected_BNK.dtype == torch.int32
     slot = torch.empty_like(selected_BNK)
     victim = torch.empty_like(selected_BNK)
     miss = torch.empty_like(selected_BNK, dtype=torch.int8)

@@ -88,7 +88,9 @@ def _score_key(logit_ptr, capacity, s, there, norm, GROUP: tl.constexpr, GROUP_B
 
 
 @triton.jit
-def _normalisers(logit_ptr, capacity, num_sentences, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+def _normalisers(
+    logit_ptr, capacity, num_sentences, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
     """Log of the sum of exponentials of each query head's logits, `[GROUP_BLOCK]`."""
     g_of = tl.arange(0, GROUP_BLOCK)
     norm = tl.zeros((GROUP_BLOCK,), tl.float32)

@@ -239,9 +239,7 @@ def _sparse_decode_kernel(
     entry = split * GROUP + g
     tl.store(extent_ptr + entry * 2, highest, mask=in_group)
     tl.store(extent_ptr + entry * 2 + 1, total, mask=in_group)
-    tl.store(
-        partial_ptr + entry[:, None] * HEAD_DIM + h[None, :], value_sum, mask=in_group[:, None] & in_head[None, :]
-    )
+    tl.store(partial_ptr + entry[:, None] * HEAD_DIM + h[None, :], value_sum, mask=in_group[:, None] & in_head[None, :])
     tl.debug_barrier()
     arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
     if arrived == SPLITS - 1:
@@ -379,6 +377,4 @@ def sparse_decode(
 ) -> Tensor:
     """Attention of one new token over slots and resident tokens; see `sparse_decode_ref`."""
     op = sparse_decode_triton if q_BAH.is_cuda else sparse_decode_ref
-    return op(
-        q_BAH, k_BNH, v_BNH, lanes, layer, selected_BNK, slot_BNK, scale=scale, sliding=sliding, softcap=softcap
-    )
+    return op(q_BAH, k_BNH, v_BNH, lanes, layer, selected_BNK, slot_BNK, scale=scale, sliding=sliding, softcap=softcap)

@@ -1,0 +1,114 @@
+"""One token for every session of a batch, replayed as one CUDA graph.
+
+The model's whole forward pass is recorded once for each batch size in use (powers of two) and replayed from then on.
+What changes from token to token is read from device memory: token ids, positions, and the lanes' tables. A graph is
+recorded again only if a lane outgrows those tables. Between two replays sessions come and go, and close sentences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sentencekv.attention import forward, run_model
+from sentencekv.batch import LaneBatch
+from sentencekv.policies import Policy
+from sentencekv.session import Session
+
+_LOG = logging.getLogger(__name__)
+
+_WARMUP_RUNS = 2
+"""Passes before recording: kernels are compiled, libraries make their workspaces."""
+
+
+@dataclasses.dataclass
+class _Recording:
+    """A graph for one number of lanes, with the tensors that it reads and writes."""
+
+    batch: LaneBatch
+    ids_B: Tensor
+    position_B: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+    logits_BV: Tensor | None = None
+
+
+class Stepper:
+    """Makes sparse steps of sessions of one model and policy, by graph where that is possible.
+
+    Not thread-safe. A model that cannot be recorded (one that asks the device for a decision within its forward pass,
+    as some mixtures of experts do) is run eagerly, and a warning says so once.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
+        self._model = model
+        self._policy = policy
+        self._recording_of: dict[int, _Recording] = {}
+        self._pool: tuple[int, int] | None = None
+        self.num_recorded = 0
+        """Graphs recorded so far, those recorded again included."""
+        self.records = model.device.type == "cuda" and policy.reads != "everything"
+        """Whether steps are replayed graphs."""
+
+    @torch.inference_mode()
+    def step(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Tensor:
+        """Append one token to each session; returns float32 logits `[B, vocabulary]`, valid until the next step."""
+        if not self.records:
+            return forward(self._model, [[token] for token in token_ids], sessions, exact=False)
+        num_lanes = 1 << (len(sessions) - 1).bit_length()
+        recording = self._recording_of.get(num_lanes)
+        if recording is None:
+            ids_B = torch.zeros(num_lanes, dtype=torch.int64, device=self._model.device)
+            recording = _Recording(LaneBatch(self._policy), ids_B, torch.zeros_like(ids_B))
+            self._recording_of[num_lanes] = recording
+        for session in sessions:
+            session.begin(1, exact=False)
+        if recording.batch.seat(sessions, num_lanes) or recording.graph is None:
+            recording.batch.vacate()
+            self._record(recording)
+            recording.batch.seat(sessions, num_lanes)
+        inputs = torch.tensor([list(token_ids), [session.num_tokens for session in sessions]]).pin_memory()
+        recording.ids_B[: len(sessions)].copy_(inputs[0], non_blocking=True)
+        recording.position_B[: len(sessions)].copy_(inputs[1], non_blocking=True)
+        if recording.graph is None:
+            logits_BV = self._run(recording)
+        else:
+            recording.graph.replay()
+            assert recording.logits_BV is not None
+            logits_BV = recording.logits_BV
+        for session in sessions:
+            session.end()
+        return logits_BV[: len(sessions)]
+
+    def _run(self, recording: _Recording) -> Tensor:
+        return run_model(self._model, recording.ids_B, recording.position_B, recording.batch)
+
+    def _record(self, recording: _Recording) -> None:
+        """Record the pass over lanes that hold nothing, so that running it for warm-up leaves no trace."""
+        recording.graph = recording.logits_BV = None
+        side = torch.cuda.Stream(self._model.device)
+        side.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUP_RUNS):
+                self._run(recording)
+        torch.cuda.current_stream(self._model.device).wait_stream(side)
+        torch.cuda.synchronize(self._model.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                recording.logits_BV = self._run(recording)
+        except RuntimeError as error:
+            self.records = False
+            _LOG.warning(
+                "%s cannot be recorded as a CUDA graph and is run eagerly, which is slower: %s",
+                type(self._model).__name__,
+                str(error).partition("\n")[0],
+            )
+            return
+        self._pool = graph.pool()
+        recording.graph = graph
+        self.num_recorded += 1
