@@ -125,8 +125,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The interpreter computes masked-out elements as well, and numpy warns of them.
-    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    # The interpreter computes masked-out elements as well, of which numpy warns, and uses arrays as numbers.
+    for category in ("RuntimeWarning", "DeprecationWarning"):
+        config.addinivalue_line("filterwarnings", f"ignore::{category}:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

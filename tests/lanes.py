@@ -1,12 +1,18 @@
-"""Random lanes for tests of the ops: ragged, in several parts and slabs, with a hot set that is partly filled."""
+"""Random lanes for tests of the ops: ragged, in several parts and slabs, NaN wherever nothing was written yet."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from triton_ops import encode_keys, summarize
+from triton_ops.gather_kv import gather_kv_ref
 from triton_ops.lanes import Lane, Lanes, Part
+from triton_ops.resolve_hot_set import Resolved, resolve_hot_set_ref
 
 SLOT_TOKENS = 8
+
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+"""Triton's interpreter is wrong on bfloat16."""
 
 
 def random_lane(
@@ -26,7 +32,14 @@ def random_lane(
     slab_tokens: int = 64,
     ring: dict[int, int] | None = None,
 ) -> Lane:
-    """A lane whose parts have sentences of the given lengths, and random KV everywhere."""
+    """A lane whose parts have sentences of the given lengths; NaN in slots and in resident rows not yet in use.
+
+    Args:
+        lengths: of each part, the tokens of its sentences.
+        resident: tokens that are always read.
+        tables: which summaries: `mean`, `moments` or `codes`.
+        ring: rows of each sliding-window layer.
+    """
     pinned = device.type == "cuda"
 
     def draw(*shape: int) -> Tensor:
@@ -72,7 +85,7 @@ def random_lane(
 
     rows = resident + 5
     lane = Lane(
-        resident_kv={layer: draw(heads, rows, 2, dim).to(device) for layer in layers},
+        resident_kv={layer: partly_filled(draw(heads, rows, 2, dim), resident).to(device) for layer in layers},
         hot_kv={
             layer: torch.full((heads, slots, slot_tokens, 2, dim), torch.nan, dtype=dtype, device=device)
             for layer in layers
@@ -99,8 +112,14 @@ def random_lane(
         position=sum(map(sum, lengths)) + resident,
     )
     for layer, size in (ring or {}).items():
-        lane.resident_kv[layer] = draw(heads, size, 2, dim).to(device)
+        lane.resident_kv[layer] = partly_filled(draw(heads, size, 2, dim), lane.position).to(device)
     return lane
+
+
+def partly_filled(kv_NTH: Tensor, num_tokens: int) -> Tensor:
+    """NaN in all rows but the first `num_tokens`."""
+    kv_NTH[:, num_tokens:] = torch.nan
+    return kv_NTH
 
 
 def seat(lanes: list[Lane], device: torch.device, *, spare: int = 1, most_selected: int | None = None) -> Lanes:
@@ -120,3 +139,80 @@ def seat(lanes: list[Lane], device: torch.device, *, spare: int = 1, most_select
     )
     batch.seat(lanes)
     return batch
+
+
+def random_batch(
+    lengths: list[list[list[int]]],
+    device: torch.device,
+    *,
+    residents: list[int] | None = None,
+    seed: int = 0,
+    heads: int = 2,
+    dim: int = 16,
+    slots: int = 12,
+    dtype: torch.dtype = torch.float32,
+    spare: int = 1,
+    most_selected: int | None = None,
+    **options,
+) -> Lanes:
+    """A batch of lanes whose parts have sentences of the given lengths, `spare` empty lanes behind them.
+
+    The same arguments give equal batches in memory of their own: one for the kernel, one for the reference.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lanes = [
+        random_lane(
+            parts,
+            heads=heads,
+            dim=dim,
+            slots=slots,
+            resident=resident,
+            dtype=dtype,
+            device=device,
+            generator=generator,
+            **options,
+        )
+        for parts, resident in zip(lengths, residents or [7 + 3 * i for i in range(len(lengths))], strict=True)
+    ]
+    return seat(lanes, device, spare=spare, most_selected=most_selected)
+
+
+def random_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
+    """So many sentence lengths; the first two are the extremes."""
+    drawn = torch.randint(1, longest + 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [longest, 1, *drawn][:count]
+
+
+def random_selection(lanes: Lanes, counts: list[list[int]], seed: int = 0) -> Tensor:
+    """int32 `[B, N, K]`: rising ids, so many for each lane and head."""
+    generator = torch.Generator().manual_seed(seed)
+    selected = torch.full((lanes.num_lanes, lanes.num_kv_heads, lanes.most_selected), -1, dtype=torch.int32)
+    for b, lane in enumerate(lanes.lanes):
+        for n in range(lanes.num_kv_heads):
+            ids = torch.randperm(lane.num_sentences, generator=generator)[: counts[b][n]].sort().values
+            selected[b, n, : ids.numel()] = ids.int()
+    return selected.to(lanes.device)
+
+
+def fetch(lanes: Lanes, layer: int, selected_BNK: Tensor) -> Resolved:
+    """Bring a selection into the hot set, by the references."""
+    resolved = resolve_hot_set_ref(selected_BNK, lanes, layer)
+    gather_kv_ref(selected_BNK, *resolved, lanes, layer)
+    return resolved
+
+
+def random_heads(lanes: Lanes, num_heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """`[B, num_heads, dim]`, strided as attention hands it over: heads first in memory."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    return torch.randn(num_heads, lanes.num_lanes, dim, generator=generator).to(dtype).to(lanes.device).transpose(0, 1)
+
+
+def assert_as_good(got: Tensor, want: Tensor, truth: Tensor) -> None:
+    """The kernel's error is at most twice that of the reference in the same dtype, against float64."""
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape == truth.shape
+    assert truth.dtype == torch.float64
+    assert truth.isfinite().all()
+    allowed = 2 * (want.double() - truth).abs().max() + torch.finfo(want.dtype).eps * truth.abs().max()
+    error = (got.double() - truth).abs().max()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,96 @@
+"""Scores from coded keys: the log of the sum of exponentials over decoded keys, in float64."""
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.lanes import DTYPES, random_batch, random_heads, random_lengths
+from tests.test_score_sentences import of_sentences
+from triton_ops import Lanes
+from triton_ops.score_codes import score_codes, score_codes_ref, score_codes_triton
+
+RAGGED = [[random_lengths(7, 8), [], [3] * 3], [[2, 8, 1]], [[4], random_lengths(5, 8, seed=1)]]
+
+
+def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, bits: int) -> tuple[Tensor, Tensor]:
+    """Of all sentences, one after another, in float64: their logits, and what rounding levels' weights may change.
+
+    The kernel keeps a query's weights of levels in half precision. A logit is the log of a sum of exponentials, so it
+    moves by no more than the largest of their exponents: half an ulp of each weight times the highest level.
+    """
+    logits, slacks = [], []
+    half_ulp = torch.finfo(torch.float16).eps / 2
+    for b, lane in enumerate(lanes.lanes):
+        x_NGH = scale * q_BAH[b].double().unflatten(0, (lanes.num_kv_heads, -1))
+        for part in lane.parts:
+            box_SN2H, code_TNW = part.tables[layer]
+            row = 0
+            for s in range(part.count):
+                length = int(lane.place_S4[part.first + s, 0])
+                fields = [code_TNW[row : row + length] >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
+                level_TNH = torch.cat(fields, dim=-1)[..., : x_NGH.shape[2]].double()
+                low_NH, high_NH = box_SN2H[s].double().unbind(dim=1)
+                step_NH = (high_NH - low_NH) / 2**bits
+                key_TNH = low_NH + (level_TNH + 0.5) * step_NH
+                logits.append(torch.einsum("ngh,tnh->ngt", x_NGH, key_TNH).logsumexp(-1))
+                weight_NGH = (x_NGH * step_NH[:, None]).abs()
+                slacks.append((weight_NGH * half_ulp + 2.0**-25).sum(-1) * (2**bits - 1))
+                row += length
+    return torch.stack(logits), torch.stack(slacks)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("dim", [16, 24])
+def test_logsumexp_over_decoded_keys(bits: int, dim: int, device: torch.device) -> None:
+    lanes = random_batch(RAGGED, device, dim=dim, tables="codes", bits=bits, layers=(0, 2))
+    q = random_heads(lanes, 6, dim, torch.float32)
+    got = score_codes_ref(q, lanes, 2, scale=0.3, bits=bits)
+    assert got.shape == (4, 2, 3, lanes.capacity)
+    truth, slack = formula(lanes, 2, q, scale=0.3, bits=bits)
+    torch.testing.assert_close(of_sentences(lanes, got).double(), truth, rtol=1e-5, atol=1e-5)
+    for b, count in enumerate([10, 3, 6, 0]):
+        assert (got[b, :, :, count:] == -torch.inf).all()
+    chosen = score_codes(q, lanes, 2, scale=0.3, bits=bits)
+    assert ((of_sentences(lanes, chosen) - truth).abs() <= slack + 1e-5).all()
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dim", "group", "bits", "slot_tokens"),
+    [(16, 1, 2, 8), (64, 4, 2, 32), (80, 3, 2, 8), (96, 7, 4, 8), (128, 8, 2, 32), (128, 4, 1, 8), (256, 1, 4, 8)],
+)
+def test_kernel(
+    dim: int,
+    group: int,
+    bits: int,
+    slot_tokens: int,
+    dtype: torch.dtype,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.import_module("triton_ops.score_codes"), "_PROGRAMS", 16)
+    lengths = RAGGED if slot_tokens == 8 else [[random_lengths(4, 32), [2]], [[32, 17]]]
+    options = {"tables": "codes", "bits": bits, "slot_tokens": slot_tokens}
+    lanes = random_batch(lengths, kernel_device, heads=2 if dim < 96 else 1, dim=dim, dtype=dtype, **options)
+    q = random_heads(lanes, lanes.num_kv_heads * group, dim, dtype)
+    got, want = (
+        of_sentences(lanes, op(q, lanes, 0, scale=dim**-0.5, bits=bits)) for op in (score_codes_triton, score_codes_ref)
+    )
+    truth, slack = formula(lanes, 0, q, scale=dim**-0.5, bits=bits)
+    allowed = 2 * (want - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
+    assert ((got - truth).abs() <= slack + allowed).all()
+    assert (slack < 0.02).all(), "nothing beside the codes' own coarseness"
+
+
+@pytest.mark.usefixtures("poison")
+def test_kernel_on_a_wide_box(kernel_device: torch.device) -> None:
+    """Weights beyond half precision are clamped: logits stay finite, and still tell sentences apart."""
+    lanes = random_batch([[[4, 4]]], kernel_device, heads=1, tables="codes", spare=0)
+    box = lanes.lanes[0].parts[0].tables[0][0]
+    box[0, :, 0], box[0, :, 1] = -3e5, 3e5
+    q = 30 + random_heads(lanes, 2, 16, torch.float32)
+    logit = of_sentences(lanes, score_codes_triton(q, lanes, 0, scale=1.0, bits=2))
+    assert logit.isfinite().all()

@@ -1,0 +1,199 @@
+"""The longest prefix of the ranking that fits the budget: exact cases, then brute force, then the kernel."""
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.lanes import random_batch, random_lengths
+from triton_ops import Lanes
+from triton_ops.select_sentences import (
+    Group,
+    best_that_fit,
+    group_scores,
+    select_sentences,
+    select_sentences_ref,
+    select_sentences_triton,
+)
+
+Op = Callable[..., Tensor]
+
+
+@pytest.fixture(params=[select_sentences_ref, select_sentences_triton, select_sentences], ids=lambda op: op.__name__)
+def op(request: pytest.FixtureRequest, device: torch.device) -> Op:
+    """All three, and the kernel only where it runs."""
+    if request.param is select_sentences_triton:
+        request.getfixturevalue("kernel_device")
+    request.getfixturevalue("poison")
+    return request.param
+
+
+def one_lane(lengths: list[int], device: torch.device, max_selected: int, heads: int = 1) -> Lanes:
+    return random_batch([[lengths]], device, heads=heads, slots=max_selected, spare=0)
+
+
+def logits_of(lanes: Lanes, score: list[float]) -> Tensor:
+    """Logits of one head and one query head that make these scores; anything behind them."""
+    logit = torch.full((1, 1, 1, lanes.capacity), 1e30, device=lanes.device)
+    logit[0, 0, 0, : len(score)] = torch.tensor(score).log()
+    return logit
+
+
+def random_logits(lanes: Lanes, group: int, seed: int = 0) -> Tensor:
+    """NaN in all columns that are no sentences."""
+    generator = torch.Generator().manual_seed(seed)
+    logit = 4 * torch.randn(lanes.num_lanes, lanes.num_kv_heads, group, lanes.capacity, generator=generator)
+    for b in range(lanes.num_lanes):
+        logit[b, :, :, lanes.lanes[b].num_sentences if b < len(lanes.lanes) else 0 :] = torch.nan
+    return logit.to(lanes.device)
+
+
+def brute_force(logit_BNGS: Tensor, lanes: Lanes, group: Group, room_tokens: int) -> Tensor:
+    """The specification in plain Python, with scores in float64 as `group_scores` defines them."""
+    chosen = torch.full((lanes.num_lanes, lanes.num_kv_heads, lanes.most_selected), -1, dtype=torch.int32)
+    for b, lane in enumerate(lanes.lanes):
+        lengths = lane.place_S4[:, 0].tolist()
+        for n in range(lanes.num_kv_heads):
+            share_GS = logit_BNGS[b, n, :, : lane.num_sentences].double().cpu().softmax(-1)
+            score = (share_GS.amax(0) if group == "max" else share_GS.mean(0)).tolist()
+            ids: list[int] = []
+            left = room_tokens
+            for s in sorted(range(len(score)), key=lambda s: (-score[s], s)):
+                left -= lengths[s]
+                if left < 0 or len(ids) == lane.max_selected or score[s] == 0:
+                    break
+                ids.append(s)
+            chosen[b, n, : len(ids)] = torch.tensor(sorted(ids), dtype=torch.int32)
+    return chosen.to(lanes.device)
+
+
+def test_group_scores(device: torch.device) -> None:
+    torch.manual_seed(0)
+    logit = torch.randn(2, 3, 11, device=device) * 4
+    share = logit.softmax(-1)
+    torch.testing.assert_close(group_scores(logit, group="max").exp(), share.amax(1))
+    torch.testing.assert_close(group_scores(logit, group="mean").exp(), share.mean(1))
+    loud = logit.clone()
+    loud[:, 0] += 100
+    torch.testing.assert_close(
+        group_scores(loud, group="max").exp(), share.amax(1), msg="a constant shift changes nothing"
+    )
+
+
+def test_best_that_fit_is_one_row_at_a_time(device: torch.device) -> None:
+    length = torch.tensor(random_lengths(50, 32), device=device)
+    score = torch.randn(4, 50, device=device).round(decimals=1)
+    chosen = best_that_fit(score, length, room_tokens=100, max_selected=9)
+    for row in range(4):
+        alone = best_that_fit(score[row : row + 1], length, room_tokens=100, max_selected=9)
+        assert torch.equal(chosen[row], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "expected"),
+    [
+        (5, 5, []),  # the best does not fit, and nothing worse takes its place
+        (6, 5, [1]),
+        (14, 5, [1]),  # 2 does not fit, so neither does anything after it
+        (15, 5, [1, 2]),
+        (19, 5, [0, 1, 2]),
+        (20, 5, [0, 1, 2]),
+        (21, 5, [0, 1, 2, 3]),  # 3 and 4 are equally good: the lower id first
+        (22, 5, [0, 1, 2, 3]),
+        (23, 5, [0, 1, 2, 3, 4]),
+        (1000, 5, [0, 1, 2, 3, 4]),
+        (23, 4, [0, 1, 2, 3]),
+        (23, 2, [1, 2]),
+        (23, 1, [1]),
+        (0, 5, []),
+    ],
+)
+def test_the_longest_prefix_that_fits(op: Op, room: int, most: int, expected: list[int], device: torch.device) -> None:
+    lanes = one_lane([4, 6, 9, 2, 2], device, most)
+    logit = logits_of(lanes, [0.1, 0.5, 0.3, 0.05, 0.05])
+    for group in ("max", "mean"):
+        selected = op(logit, lanes, group=group, room_tokens=room)
+        assert selected.dtype == torch.int32
+        assert selected[0, 0].tolist() == expected + [-1] * (most - len(expected))
+
+
+def test_ties_by_rising_id(op: Op, device: torch.device) -> None:
+    """All equally good; ties of the best and of the last; ties across zero of both signs."""
+    lanes = one_lane([2] * 9, device, 6)
+    assert op(logits_of(lanes, [1.0] * 9), lanes, group="max", room_tokens=9)[0, 0].tolist() == [0, 1, 2, 3, -1, -1]
+    mixed = logits_of(lanes, [1, 3, 1, 3, 1, 3, 1, 1, 3])
+    assert op(mixed, lanes, group="max", room_tokens=12)[0, 0].tolist() == [0, 1, 2, 3, 5, 8]
+    assert op(mixed, lanes, group="max", room_tokens=7)[0, 0].tolist() == [1, 3, 5, -1, -1, -1]
+    sure = logits_of(lanes, [1, *[1e-45] * 8])
+    sure[0, 0, 0, 0] = -0.0
+    assert op(sure, lanes, group="max", room_tokens=2)[0, 0].tolist() == [0, -1, -1, -1, -1, -1]
+
+
+def test_minus_infinity_is_never_selected(op: Op, device: torch.device) -> None:
+    lanes = one_lane([1] * 4, device, 4)
+    for group in ("max", "mean"):
+        logit = logits_of(lanes, [0.0, 0.7, 0.0, 0.3])
+        assert op(logit, lanes, group=group, room_tokens=9)[0, 0].tolist() == [1, 3, -1, -1]
+
+
+def test_one_loud_query_head_does_not_decide(op: Op, device: torch.device) -> None:
+    """Two query heads: one far louder, but evenly so; the other's one wish is met."""
+    lanes = one_lane([4] * 6, device, 3)
+    logit = torch.zeros(1, 1, 2, lanes.capacity, device=device)
+    logit[0, 0, 0] = 1000
+    logit[0, 0, 1, 4] = 5
+    for group in ("max", "mean"):
+        assert op(logit, lanes, group=group, room_tokens=4)[0, 0].tolist() == [4, -1, -1]
+
+
+def test_a_lane_has_its_own_number_of_sentences_and_of_selected(op: Op, device: torch.device) -> None:
+    lanes = random_batch([[[3] * 9], [[2, 1], [4]], [[]]], device, heads=1, slots=8)
+    lanes.lanes[0].max_selected = 2
+    lanes.count()
+    selected = op(random_logits(lanes, 2), lanes, group="max", room_tokens=100)
+    assert (selected >= 0).sum(-1)[:, 0].tolist()[:3] == [2, 3, 0]
+    assert selected[1, 0].tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
+    assert (selected[2:] == -1).all()
+
+
+@pytest.mark.parametrize(("group", "rounded"), [("max", False), ("max", True), ("mean", False)])
+def test_the_reference_against_brute_force(group: Group, rounded: bool, device: torch.device) -> None:
+    """Rounded logits tie; not for the mean, which may differ in its last bit when shares come in another order."""
+    lanes = random_batch([[random_lengths(60, 32)], [random_lengths(33, 32, seed=1), [5]]], device, slots=30)
+    logit = random_logits(lanes, 3)
+    logit = logit.round() if rounded else logit
+    for room in (1, 40, 150, 400, 2000):
+        selected = select_sentences_ref(logit, lanes, group=group, room_tokens=room)
+        assert torch.equal(selected, brute_force(logit, lanes, group, room))
+
+
+@pytest.mark.parametrize("one_block", [True, False])
+@pytest.mark.parametrize("num_groups", [1, 3, 4, 7, 8])
+def test_kernel(num_groups: int, one_block: bool, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged lanes and an empty one; scores in one block, and in several with a last one that is not full."""
+    if not one_block:
+        module = importlib.import_module("triton_ops.select_sentences")
+        monkeypatch.setattr(module, "_ONE_BLOCK", 4)
+        monkeypatch.setattr(module, "_BLOCK", 4)
+    lanes = random_batch([[random_lengths(9, 8), [4]], [[2, 7, 1]]], kernel_device, heads=1, slots=5)
+    for group, room, rounded in (("max", 19, False), ("max", 23, True), ("mean", 19, False)):
+        logit = random_logits(lanes, num_groups, seed=room)
+        logit = logit.round() if rounded else logit
+        got = select_sentences_triton(logit, lanes, group=group, room_tokens=room)
+        assert torch.equal(got, select_sentences_ref(logit, lanes, group=group, room_tokens=room))
+        assert (got[0] >= 0).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [300, 5000, 16_000, 16_384, 40_000])
+@pytest.mark.parametrize("group", ["max", "mean"])
+def test_kernel_on_long_contexts(group: Group, count: int) -> None:
+    device = torch.device("cuda")
+    lengths = [[random_lengths(count, 32)], [random_lengths(count // 3, 32, seed=1)]]
+    lanes = random_batch(lengths, device, heads=2, slots=120, slot_tokens=32, slab_tokens=4096)
+    for room in (944, 8000, 40):
+        logit = random_logits(lanes, 4, seed=room)
+        got = select_sentences_triton(logit, lanes, group=group, room_tokens=room)
+        assert torch.equal(got, select_sentences_ref(logit, lanes, group=group, room_tokens=room))

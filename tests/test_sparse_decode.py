@@ -1,0 +1,282 @@
+"""Attention over slots and resident tokens as one softmax, in float64."""
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.lanes import DTYPES, assert_as_good, fetch, random_batch, random_heads, random_lengths, random_selection
+from triton_ops import Lanes
+from triton_ops.sparse_decode import sparse_decode, sparse_decode_ref, sparse_decode_triton
+
+Op = Callable[..., Tensor]
+SLIDING = 1
+"""The layer that is a ring, where a test has one."""
+
+
+class Step(NamedTuple):
+    """What one call gets, and what it must give: the output of the seated lanes, and all their sentences' shares."""
+
+    arguments: tuple
+    options: dict
+    output: Tensor
+    share: Tensor
+
+
+def random_step(
+    lanes: Lanes,
+    group: int,
+    dtype: torch.dtype,
+    counts: list[list[int]] | None,
+    *,
+    layer: int = 0,
+    softcap: float | None = None,
+    seed: int = 0,
+) -> Step:
+    """Queries and a new token for each lane, a selection in the hot set, and the truth by brute force."""
+    heads, dim = lanes.num_kv_heads, lanes.lanes[0].resident_kv[layer].shape[3]
+    q = 2 * random_heads(lanes, heads * group, dim, dtype, seed)
+    k, v = (random_heads(lanes, heads, dim, dtype, seed + i) for i in (1, 2))
+    scale = dim**-0.5
+    selected = slot = None
+    if counts is not None:
+        selected = random_selection(lanes, counts, seed)
+        slot, _ = fetch(lanes, layer, selected)
+    sliding = layer == SLIDING
+    outputs, shares = [], []
+    for b, lane in enumerate(lanes.lanes):
+        resident = lane.resident_kv[layer]
+        if sliding:
+            window = resident.shape[1]
+            before = range(max(lane.position - (window - 1), 0), lane.position)
+            kept = resident[:, [position % window for position in before]]
+        else:
+            kept = resident[:, : lane.num_resident]
+        share_S = lane.share_S.double()
+        for n in range(heads):
+            ids = [] if selected is None else [s for s in selected[b, n].tolist() if s >= 0]
+            sentences = []
+            for s in ids:
+                length, slab, row, _ = lane.place_S4[s].tolist()
+                sentences.append(lane.slabs[layer][slab][n, row : row + length].to(q.device))
+            new = torch.stack([k[b, n], v[b, n]])[None]
+            kv = torch.cat([*sentences, kept[n], new]).double()
+            logit = scale * q[b, n * group : (n + 1) * group].double() @ kv[:, 0].T
+            if softcap is not None:
+                logit = softcap * torch.tanh(logit / softcap)
+            weight = logit.softmax(-1)
+            outputs.append(weight @ kv[:, 1])
+            lengths = [part.shape[0] for part in sentences]
+            for s, of_sentence in zip(ids, weight.split([*lengths, kv.shape[0] - sum(lengths)], dim=-1), strict=False):
+                share_S[s] += of_sentence.sum() / (group * heads)
+        shares.append(share_S)
+    output = torch.stack(outputs).view(len(lanes.lanes), heads * group, dim)
+    return Step(
+        (q, k, v, lanes, layer, selected, slot),
+        {"scale": scale, "softcap": softcap, "sliding": sliding},
+        output,
+        torch.cat(shares),
+    )
+
+
+def shares(lanes: Lanes) -> Tensor:
+    return torch.cat([lane.share_S for lane in lanes.lanes])
+
+
+def assert_new_token_is_kept(before: list[Tensor], step: Step) -> None:
+    """The new token is in its row, and no other row changed: also none that was never written."""
+    _, k, v, lanes, layer, *_ = step.arguments
+    for b, lane in enumerate(lanes.lanes):
+        want, size = before[b], before[b].shape[1]
+        row = lane.position % size if step.options["sliding"] else lane.num_resident
+        want[:, row] = torch.stack([k[b], v[b]], dim=1)
+        torch.testing.assert_close(lane.resident_kv[layer], want, rtol=0, atol=0, equal_nan=True)
+
+
+RAGGED = [[random_lengths(6, 8), [], [3] * 3], [[2, 8, 1]], [[4], random_lengths(5, 8, seed=1)]]
+COUNTS = [[7, 9], [3, 0], [0, 5]]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("counts", [COUNTS, [[1, 0], [0, 0], [1, 1]], [[0] * 2] * 3, None])
+def test_one_softmax(counts: list[list[int]] | None, softcap: float | None, device: torch.device) -> None:
+    lanes = random_batch(RAGGED, device, layers=(0, 2))
+    for seed in range(2):
+        step = random_step(lanes, 3, torch.float32, counts, layer=2, softcap=softcap, seed=seed)
+        before = [lane.resident_kv[2].clone() for lane in lanes.lanes]
+        output = sparse_decode_ref(*step.arguments, **step.options)
+        torch.testing.assert_close(output[:3].double(), step.output, rtol=1e-5, atol=1e-5)
+        assert (output[3] == 0).all(), "a lane without a sequence has nothing to attend to"
+        torch.testing.assert_close(shares(lanes).double(), step.share, rtol=1e-5, atol=1e-6)
+        assert_new_token_is_kept(before, step)
+
+
+@pytest.mark.parametrize("size", [5, 9, 200])
+def test_a_ring_holds_the_last_tokens(size: int, device: torch.device) -> None:
+    """The ring longer and shorter than what was read; then it turns."""
+    lanes = random_batch([[[3, 4]], [[2]]], device, residents=[11, 1], ring={SLIDING: size})
+    for seed in range(12):
+        step = random_step(lanes, 3, torch.float32, None, layer=SLIDING, seed=seed)
+        before = [lane.resident_kv[SLIDING].clone() for lane in lanes.lanes]
+        output = sparse_decode_ref(*step.arguments, **step.options)
+        torch.testing.assert_close(output[:2].double(), step.output, rtol=1e-5, atol=1e-5)
+        assert_new_token_is_kept(before, step)
+        for lane in lanes.lanes:
+            lane.position += 1
+
+
+def check_kernel(make: Callable[[], tuple[Lanes, Step]]) -> None:
+    """The kernel on one batch, the reference on its twin."""
+    (lanes, step), (twins, twin_step) = make(), make()
+    layer = step.arguments[4]
+    before = [lane.resident_kv[layer].clone() for lane in lanes.lanes]
+    got = sparse_decode_triton(*step.arguments, **step.options)
+    want = sparse_decode_ref(*twin_step.arguments, **twin_step.options)
+    seated = len(lanes.lanes)
+    assert_as_good(got[:seated], want[:seated], step.output)
+    assert (got[seated:] == 0).all()
+    if step.share.numel():
+        # Sums of float32 whatever the dtype of keys is.
+        allowed = 2 * (shares(twins).double() - step.share).abs().max() + 1e-6
+        assert (shares(lanes).double() - step.share).abs().max() <= allowed
+    assert_new_token_is_kept(before, step)
+    assert (lanes.arrived == 0).all()
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dim", "group", "heads", "slot_tokens", "softcap"),
+    [
+        (16, 1, 2, 8, None),
+        (16, 3, 2, 8, 2.0),
+        (64, 4, 1, 32, None),
+        (80, 3, 1, 8, None),
+        (96, 7, 1, 8, 20.0),
+        (128, 8, 1, 32, None),
+        (256, 1, 1, 8, None),
+    ],
+)
+def test_kernel(
+    dim: int,
+    group: int,
+    heads: int,
+    slot_tokens: int,
+    softcap: float | None,
+    dtype: torch.dtype,
+    kernel_device: torch.device,
+) -> None:
+    """Ragged lanes with an empty one behind; more resident tokens than one program reads at a time in one of them."""
+    lengths = [[random_lengths(6, slot_tokens), [], [3] * 3], [[slot_tokens, 1]], []]
+    counts = [[9, 2], [1, 2], [0, 0]]
+
+    def make() -> tuple[Lanes, Step]:
+        lanes = random_batch(
+            lengths,
+            kernel_device,
+            residents=[70, 5, 0],
+            heads=heads,
+            dim=dim,
+            dtype=dtype,
+            slots=10,
+            slot_tokens=slot_tokens,
+        )
+        return lanes, random_step(lanes, group, dtype, [row[:heads] for row in counts], softcap=softcap)
+
+    check_kernel(make)
+
+
+@pytest.mark.usefixtures("poison")
+def test_kernel_with_few_programs(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs for the resident tokens, each with several blocks, merged a few at a time."""
+    module = importlib.import_module("triton_ops.sparse_decode")
+    monkeypatch.setattr(module, "_ROWS", 16)
+    monkeypatch.setattr(module, "_MERGED", 4)
+
+    def make() -> tuple[Lanes, Step]:
+        lanes = random_batch([[[3] * 9], [[8]]], kernel_device, residents=[203, 16], heads=1, slots=9)
+        return lanes, random_step(lanes, 2, torch.float32, [[9], [1]])
+
+    check_kernel(make)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [[[0, 0], [0, 0]], None])
+def test_kernel_without_a_selection(
+    counts: list[list[int]] | None, dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    def make() -> tuple[Lanes, Step]:
+        lanes = random_batch([[[4] * 3], [[]]], kernel_device, dtype=dtype, residents=[9, 0])
+        return lanes, random_step(lanes, 3, dtype, counts)
+
+    check_kernel(make)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [5, 64, 100])
+def test_kernel_on_a_ring(size: int, dtype: torch.dtype, kernel_device: torch.device) -> None:
+    """Shorter than what was read in one lane, longer in the other; a first token; a ring of one block and of more."""
+
+    def make() -> tuple[Lanes, Step]:
+        options = {"residents": [80, 14, 0], "dtype": dtype, "ring": {SLIDING: size}}
+        lanes = random_batch([[[8, 5]], [[3]], []], kernel_device, **options)
+        return lanes, random_step(lanes, 3, dtype, None, layer=SLIDING)
+
+    check_kernel(make)
+
+
+@pytest.mark.usefixtures("poison")
+def test_kernel_step_after_step(kernel_device: torch.device) -> None:
+    """Shares add up, and what counts programs is ready for the next launch."""
+
+    def make() -> Lanes:
+        return random_batch([[[3] * 6], [[2, 8, 1]]], kernel_device, heads=1, slots=4)
+
+    lanes, twins = make(), make()
+    for seed in range(4):
+        counts = [[seed], [3 - seed]]
+        step, twin_step = (random_step(batch, 2, torch.float32, counts, seed=seed) for batch in (lanes, twins))
+        got = sparse_decode_triton(*step.arguments, **step.options)
+        sparse_decode_ref(*twin_step.arguments, **twin_step.options)
+        torch.testing.assert_close(got[:2].double(), step.output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(shares(lanes).double(), step.share, rtol=1e-5, atol=1e-6)
+        for batch in (lanes, twins):
+            for lane in batch.lanes:
+                lane.num_resident += 1
+                lane.position += 1
+                lane.step += 1
+            batch.count()
+
+
+def test_the_op_chooses_by_device(device: torch.device) -> None:
+    lanes = random_batch(RAGGED, device)
+    step = random_step(lanes, 3, torch.float32, COUNTS)
+    torch.testing.assert_close(
+        sparse_decode(*step.arguments, **step.options)[:3].double(), step.output, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "group", "dim"), [(8, 4, 128), (4, 7, 128), (8, 4, 64), (8, 1, 256)])
+def test_kernel_at_the_size_of_models(heads: int, group: int, dim: int, dtype: torch.dtype) -> None:
+    def make() -> tuple[Lanes, Step]:
+        lanes = random_batch(
+            [[random_lengths(100, 32)], [random_lengths(40, 32, seed=1), [32]]],
+            torch.device("cuda"),
+            residents=[150, 81],
+            heads=heads,
+            dim=dim,
+            dtype=dtype,
+            slots=80,
+            slot_tokens=32,
+            slab_tokens=1024,
+        )
+        return lanes, random_step(lanes, group, dtype, [[80 - n for n in range(heads)], [3 * n for n in range(heads)]])
+
+    check_kernel(make)
