@@ -17,16 +17,15 @@ _STRIDE = tl.constexpr(7919)
 
 @triton.jit
 def _forced_kernel(logit_ptr, count_ptr, capacity, num_count, moved, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    block, b = tl.program_id(0), tl.program_id(1)
+    block, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
     step = tl.load(count_ptr + b * num_count + STEP)
     s = block * BLOCK + tl.arange(0, BLOCK)
-    order = (s.to(tl.int64) * _STRIDE) % tl.maximum(num_sentences, 1)
-    first = (step * moved).to(tl.int64)
-    rank = (order - first % tl.maximum(num_sentences, 1) + num_sentences) % tl.maximum(num_sentences, 1)
-    for g in tl.static_range(GROUPS):
-        row = (b * GROUPS + g).to(tl.int64) * capacity
-        tl.store(logit_ptr + row + s, -rank.to(tl.float32), mask=s < num_sentences)
+    count = tl.maximum(num_sentences, 1)
+    rank = s * _STRIDE % count - (step * moved).to(tl.int32) % count
+    rank = tl.where(rank < 0, rank + count, rank)
+    row = (b * GROUPS + group).to(tl.int64) * capacity
+    tl.store(logit_ptr + row + s, -rank.to(tl.float32), mask=s < num_sentences)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class Forced(Policy):
     def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
         logit_BNGS = load(self.policy).score(q_BAH, lanes, layer, scale=scale)
         batch, num_heads, num_groups, capacity = logit_BNGS.shape
-        _forced_kernel[(triton.cdiv(capacity, 1024), batch)](
+        _forced_kernel[(triton.cdiv(capacity, 1024), num_heads * num_groups, batch)](
             logit_BNGS,
             lanes.count_of,
             capacity,

@@ -82,11 +82,11 @@ class LaneBatch:
         assert self._lanes is not None
         lanes = self._lanes
         q_BAH, k_BNH, v_BNH = (tensor.transpose(0, 1) for tensor in (q_ALH, k_NLH, v_NLH))
-        selected = slot = None
+        selected = resolved = None
         if sliding_window is None and self.policy.reads == "selected" and lanes.most_selected:
             selected = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=self._room_tokens)
-            slot, miss = resolve_hot_set(selected, lanes, layer)
-            gather_kv(selected, slot, miss, lanes, layer)
+            resolved = resolve_hot_set(selected, lanes, layer)
+            gather_kv(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
         output_BAH = sparse_decode(
             q_BAH,
             k_BNH,
@@ -94,7 +94,7 @@ class LaneBatch:
             lanes,
             layer,
             selected,
-            slot,
+            resolved,
             scale=scale,
             sliding=sliding_window is not None,
             softcap=softcap,

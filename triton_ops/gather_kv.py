@@ -22,7 +22,7 @@ def gather_kv_ref(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, lane
 
     Args:
         selected_BNK: int32 ids of sentences.
-        slot_BNK, miss_BNK: as `resolve_hot_set` gives them; rows without a miss are not looked at.
+        slot_BNK, miss_BNK: as `resolve_hot_set` gives them; entries without a miss are not looked at.
     """
     for b, lane in enumerate(lanes.lanes):
         hot_kv = lane.hot_kv[layer]

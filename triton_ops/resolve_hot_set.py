@@ -26,13 +26,16 @@ from triton_ops.lanes import (
 
 
 class Resolved(NamedTuple):
-    """Where the selection sits, `[B, N, K]` both.
+    """Where the selection sits.
 
-    `slot_BNK`: int32, -1 where nothing is selected. `miss_BNK`: int8, 1 for what must be fetched.
+    `slot_BNK`: int32, -1 where nothing is selected. `length_BNK`: int32, tokens of each sentence, 0 where there is
+    none. `miss_BNK`: int8, 1 for what must be fetched. `count_BN`: int32, sentences selected.
     """
 
     slot_BNK: Tensor
+    length_BNK: Tensor
     miss_BNK: Tensor
+    count_BN: Tensor
 
 
 def resolve_hot_set_ref(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:
@@ -46,11 +49,15 @@ def resolve_hot_set_ref(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resol
         selected_BNK: int32, distinct rising ids per head, then -1. No head selects more than its lane has slots.
     """
     slot_BNK = torch.full_like(selected_BNK, -1)
+    length_BNK = torch.zeros_like(selected_BNK)
     miss_BNK = torch.zeros_like(selected_BNK, dtype=torch.int8)
     for b, lane in enumerate(lanes.lanes):
         slot_BNK[b], miss_NK = _resolve_ref(selected_BNK[b].long(), lane, layer)
         miss_BNK[b] = miss_NK
-    return Resolved(slot_BNK, miss_BNK)
+        if lane.num_sentences:
+            length_NK = lane.place_S4[selected_BNK[b].clamp(min=0).long(), PLACE_LENGTH.value]
+            length_BNK[b] = torch.where(selected_BNK[b] >= 0, length_NK, 0)
+    return Resolved(slot_BNK, length_BNK, miss_BNK, (selected_BNK >= 0).sum(-1, dtype=torch.int32))
 
 
 def _resolve_ref(selected_NK: Tensor, lane: Lane, layer: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +105,9 @@ def _resolve_ref(selected_NK: Tensor, lane: Lane, layer: int) -> tuple[Tensor, T
 def resolve_for_head(
     selected_ptr,
     slot_ptr,
+    length_ptr,
     miss_ptr,
+    number_ptr,
     victim_ptr,
     address_ptr,
     count_ptr,
@@ -121,6 +130,7 @@ def resolve_for_head(
     sentence = tl.load(selected_ptr + k, mask=k < most_selected, other=-1)
     wanted = sentence >= 0
     found = tl.load(slot_of_ptr + sentence, mask=wanted, other=-1)
+    length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=wanted, other=0)
     hit = found >= 0
     miss = wanted & (hit == 0)
     tl.store(used_ptr + found, step, mask=hit)
@@ -157,12 +167,13 @@ def resolve_for_head(
         tl.store(used_ptr + slot, step, mask=miss)
         tl.store(slot_of_ptr + sentence, slot, mask=miss)
     tl.store(slot_ptr + k, slot, mask=k < most_selected)
+    tl.store(length_ptr + k, length, mask=k < most_selected)
     tl.store(miss_ptr + k, miss.to(tl.int8), mask=k < most_selected)
-
     num_wanted = tl.sum(wanted.to(tl.int32), axis=0)
+    tl.store(number_ptr, num_wanted)
     if num_wanted > 0:
         traffic_ptr = tl.load(address_ptr + TRAFFIC).to(tl.pointer_type(tl.int64))
-        tokens = tl.sum(tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=miss, other=0), axis=0)
+        tokens = tl.sum(tl.where(miss, length, 0), axis=0)
         tl.atomic_add(traffic_ptr + TRAFFIC_SELECTED, num_wanted.to(tl.int64), sem="relaxed")
         tl.atomic_add(traffic_ptr + TRAFFIC_MISSED, num_missed.to(tl.int64), sem="relaxed")
         tl.atomic_add(traffic_ptr + TRAFFIC_TOKENS, tokens.to(tl.int64), sem="relaxed")
@@ -172,7 +183,9 @@ def resolve_for_head(
 def _resolve_hot_set_kernel(
     selected_ptr,
     slot_ptr,
+    length_ptr,
     miss_ptr,
+    number_ptr,
     victim_ptr,
     address_ptr,
     count_ptr,
@@ -188,7 +201,9 @@ def _resolve_hot_set_kernel(
     resolve_for_head(
         selected_ptr + row,
         slot_ptr + row,
+        length_ptr + row,
         miss_ptr + row,
+        number_ptr + b * NUM_KV_HEADS + n,
         victim_ptr + row,
         address_ptr + b * num_address,
         count_ptr + b * num_count,
@@ -205,14 +220,18 @@ def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Re
     assert selected_BNK.is_contiguous()
     assert selected_BNK.dtype == torch.int32
     slot = torch.empty_like(selected_BNK)
+    length = torch.empty_like(selected_BNK)
     victim = torch.empty_like(selected_BNK)
+    number = selected_BNK.new_empty((batch, num_kv_heads))
     miss = torch.empty_like(selected_BNK, dtype=torch.int8)
     address_rows = lanes.address_rows(layer)
     slot_block = triton.next_power_of_2(lanes.most_slots)
     _resolve_hot_set_kernel[(num_kv_heads, batch)](
         selected_BNK,
         slot,
+        length,
         miss,
+        number,
         victim,
         address_rows,
         lanes.count_of,
@@ -224,7 +243,7 @@ def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Re
         SLOT_BLOCK=slot_block,
         num_warps=4 if slot_block <= 512 else 8,
     )
-    return Resolved(slot, miss)
+    return Resolved(slot, length, miss, number)
 
 
 def resolve_hot_set(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:

@@ -72,6 +72,25 @@ def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bi
 
 
 @triton.jit
+def _query_run(
+    q_ptr,
+    q_stride_a,
+    i,
+    scale,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+):
+    """Scaled queries of the group in dimensions `[i * WIDTH, (i + 1) * WIDTH)`, `[GROUP_BLOCK, WIDTH_BLOCK]`."""
+    g, w = tl.arange(0, GROUP_BLOCK), tl.arange(0, WIDTH_BLOCK)
+    h = i * WIDTH + w
+    mask = (g < GROUP)[:, None] & ((w < WIDTH) & (h < HEAD_DIM))[None, :]
+    return tl.load(q_ptr + g[:, None] * q_stride_a + h[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+
+
+@triton.jit
 def _score_codes_kernel(
     q_ptr,
     address_ptr,
@@ -93,7 +112,10 @@ def _score_codes_kernel(
     LONGEST: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One sentence at a time; a byte holds dimensions WIDTH apart, so each of its fields is a run of dimensions."""
+    """One sentence at a time; a byte holds dimensions WIDTH apart, so each of its fields is a run of dimensions.
+
+    A level's bits, read as a half-precision number, are a subnormal one, 2**24 times too small: no conversion.
+    """
     pid, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     address_ptr += b * num_address
     count_ptr += b * num_count
@@ -103,6 +125,12 @@ def _score_codes_kernel(
     g = tl.arange(0, GROUP_BLOCK)
     w = tl.arange(0, WIDTH_BLOCK)
     token = tl.arange(0, LONGEST)
+    # The queries' runs of dimensions, one for each field of a byte; those past the last field are never used.
+    FIELDS: tl.constexpr = 8 // BITS
+    x0 = _query_run(q_ptr, q_stride_a, 0, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
+    x1 = _query_run(q_ptr, q_stride_a, 1, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
+    x2 = _query_run(q_ptr, q_stride_a, 2, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
+    x3 = _query_run(q_ptr, q_stride_a, 3, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
     num_parts = tl.load(count_ptr + NUM_PARTS)
     for part in range(num_parts):
         first = tl.load(address_ptr + PARTS + 4 * part)
@@ -118,26 +146,34 @@ def _score_codes_kernel(
                 code_ptr + ((row * NUM_KV_HEADS + n) * WIDTH)[:, None] + w[None, :],
                 mask=valid[:, None] & (w < WIDTH)[None, :],
                 other=0,
-            ).to(tl.int32)
+            ).to(tl.int16)
             low_ptr = box_ptr + (s * NUM_KV_HEADS + n) * (2 * HEAD_DIM)
-            base = tl.zeros((GROUP_BLOCK,), tl.float32)
-            logit = tl.zeros((GROUP_BLOCK, LONGEST), tl.float32)
-            for i in tl.static_range(8 // BITS):
+            base = tl.zeros((GROUP_BLOCK, WIDTH_BLOCK), tl.float32)
+            logit = tl.zeros((LONGEST, GROUP_BLOCK), tl.float32)
+            for i in tl.static_range(FIELDS):
                 h = i * WIDTH + w
                 in_head = (w < WIDTH) & (h < HEAD_DIM)
                 low = tl.load(low_ptr + h, mask=in_head, other=0.0).to(tl.float32)
                 high = tl.load(low_ptr + HEAD_DIM + h, mask=in_head, other=0.0).to(tl.float32)
                 step = (high - low) * (1.0 / (1 << BITS))
-                q_mask = (g < GROUP)[:, None] & in_head[None, :]
-                x = tl.load(q_ptr + g[:, None] * q_stride_a + h[None, :], mask=q_mask, other=0.0).to(tl.float32) * scale
-                base += tl.sum(x * (low + 0.5 * step)[None, :], axis=1)
-                # Levels are exact in half precision; the weights' rounding is far below the codes' own.
+                if i == 0:
+                    x = x0
+                elif i == 1:
+                    x = x1
+                elif i == 2:
+                    x = x2
+                elif i == 3:
+                    x = x3
+                else:
+                    x = _query_run(q_ptr, q_stride_a, i, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
+                base += x * (low + 0.5 * step)[None, :]
+                # The weights' rounding is far below the codes' own.
                 weight = tl.minimum(tl.maximum(x * step[None, :], -65504.0), 65504.0).to(tl.float16)
-                level = ((code >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float16)
-                logit = tl.dot(weight, tl.trans(level), logit)
-            logit = tl.where(valid[None, :], logit, float("-inf"))
-            highest = tl.max(logit, axis=1)
-            mass = tl.log(tl.sum(tl.exp(logit - highest[:, None]), axis=1)) + highest + base
+                level = ((code >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float16, bitcast=True)
+                logit = tl.dot(level, tl.trans(weight), logit)
+            logit = tl.where(valid[:, None], logit * 16777216.0, float("-inf"))
+            highest = tl.max(logit, axis=0)
+            mass = tl.log(tl.sum(tl.exp(logit - highest[None, :]), axis=0)) + highest + tl.sum(base, axis=1)
             tl.store(logit_ptr + g * capacity + first + s, mass, mask=g < GROUP)
 
 

@@ -11,10 +11,8 @@ from triton_ops.lanes import MAX_SELECTED, NUM_SENTENCES, PLACE, PLACE_LENGTH, L
 
 Group = Literal["max", "mean"]
 
-_ONE_BLOCK = 16384
-"""Up to so many sentences, a program keeps all scores in registers."""
-_BLOCK = 8192
-"""Beyond, it goes over them in blocks of so many."""
+_MOST_LOGITS = 32768
+"""Logits of a group that a program keeps in registers; beyond, it goes over them in blocks of so many."""
 
 
 def group_scores(logit_NGS: Tensor, *, group: Group) -> Tensor:
@@ -67,45 +65,33 @@ def _sum_pairs(a0, a1, b0, b1):
 
 
 @triton.jit
-def _score_key(logit_ptr, capacity, s, there, norm, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """Integers in the order of the group's scores; the smallest for what is no sentence or has score -inf."""
-    g_of = tl.arange(0, GROUP_BLOCK)
-    score = tl.full(s.shape, float("-inf"), tl.float32)
-    if not MAX:
-        score = tl.zeros(s.shape, tl.float32)
-    for g in tl.static_range(GROUP):
-        norm_g = tl.sum(tl.where(g_of == g, norm, 0.0))
-        share = tl.load(logit_ptr + g * capacity + s, mask=there, other=float("-inf")) - norm_g
-        if MAX:
-            score = tl.maximum(score, share)
-        else:
-            score += tl.exp(share)
-    # -0.0 and 0.0 are one score.
-    bits = (score + 0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    nothing = score == float("-inf") if MAX else score == 0.0
-    return tl.where(there & (nothing == 0), key, -0x80000000)
+def _sum_sixes(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5
 
 
 @triton.jit
-def _normalisers(
-    logit_ptr, capacity, num_sentences, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Log of the sum of exponentials of each query head's logits, `[GROUP_BLOCK]`."""
-    g_of = tl.arange(0, GROUP_BLOCK)
-    norm = tl.zeros((GROUP_BLOCK,), tl.float32)
-    for g in tl.static_range(GROUP):
-        highest = tl.full((), float("-inf"), tl.float32)
-        total = tl.zeros((), tl.float32)
-        for start in range(0, num_sentences, BLOCK):
-            s = start + tl.arange(0, BLOCK)
-            logit = tl.load(logit_ptr + g * capacity + s, mask=s < num_sentences, other=float("-inf"))
-            now = tl.maximum(highest, tl.max(logit, axis=0))
-            now = tl.where(now == float("-inf"), 0.0, now)
-            total = total * tl.exp(highest - now) + tl.sum(tl.exp(logit - now), axis=0)
-            highest = now
-        norm = tl.where(g_of == g, highest + tl.log(tl.maximum(total, 1e-38)), norm)
-    return norm
+def _load_logits(logit_ptr, capacity, s, num_sentences, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr):
+    """Logits `[GROUP_BLOCK, BLOCK]`, -inf where there is no sentence or head."""
+    g = tl.arange(0, GROUP_BLOCK)
+    there = (g < GROUP)[:, None] & (s < num_sentences)[None, :]
+    return tl.load(logit_ptr + g[:, None] * capacity + s[None, :], mask=there, other=float("-inf"))
+
+
+@triton.jit
+def _score_key(logit, norm, s, num_sentences, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, MAX: tl.constexpr):
+    """Integers in the order of the group's scores; the smallest for what is no sentence or has score -inf."""
+    in_group = (tl.arange(0, GROUP_BLOCK) < GROUP)[:, None]
+    share = tl.where(in_group, logit - norm[:, None], float("-inf"))
+    if MAX:
+        score = tl.max(share, axis=0)
+        nothing = score == float("-inf")
+    else:
+        score = tl.sum(tl.exp(share), axis=0)
+        nothing = score == 0.0
+    # -0.0 and 0.0 are one score.
+    bits = (score + 0.0).to(tl.float32).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where((s < num_sentences) & (nothing == 0), key, -0x80000000)
 
 
 @triton.jit
@@ -130,6 +116,38 @@ def _measure(key_ptr, place_ptr, threshold, num_sentences, key0, length0, ONE_BL
 
 
 @triton.jit
+def _measure_three(
+    key_ptr, place_ptr, t1, t2, t3, num_sentences, key0, length0, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """As `_measure`, for three thresholds at once: a reduction costs far more than what it adds up."""
+    if ONE_BLOCK:
+        in1, in2, in3 = key0 >= t1, key0 >= t2, key0 >= t3
+        tokens1, count1, tokens2, count2, tokens3, count3 = tl.reduce(
+            (
+                tl.where(in1, length0, 0),
+                in1.to(tl.int32),
+                tl.where(in2, length0, 0),
+                in2.to(tl.int32),
+                tl.where(in3, length0, 0),
+                in3.to(tl.int32),
+            ),
+            0,
+            _sum_sixes,
+        )
+    else:
+        tokens1, count1 = _measure(key_ptr, place_ptr, t1, num_sentences, key0, length0, ONE_BLOCK, BLOCK)
+        tokens2, count2 = _measure(key_ptr, place_ptr, t2, num_sentences, key0, length0, ONE_BLOCK, BLOCK)
+        tokens3, count3 = _measure(key_ptr, place_ptr, t3, num_sentences, key0, length0, ONE_BLOCK, BLOCK)
+    return tokens1, count1, tokens2, count2, tokens3, count3
+
+
+@triton.jit
+def _middle(low, high):
+    """The lower mean of two integers, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
 def select_for_head(
     logit_ptr,
     key_ptr,
@@ -147,22 +165,31 @@ def select_for_head(
     BLOCK: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
 ):
-    """One KV head's selection, by halving an interval of scores until it holds just the first sentence too many.
+    """One KV head's selection, by quartering an interval of scores until it holds just the first sentence too many.
 
     `key_ptr`: scratch for the keys, used when they do not fit one block.
     """
-    norm = _normalisers(logit_ptr, capacity, num_sentences, GROUP, GROUP_BLOCK, BLOCK)
     s = tl.arange(0, BLOCK)
-    there = s < num_sentences
-    key0 = _score_key(logit_ptr, capacity, s, there, norm, GROUP, GROUP_BLOCK, MAX)
-    length0 = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=there, other=0)
+    logit = _load_logits(logit_ptr, capacity, s, num_sentences, GROUP, GROUP_BLOCK)
+    length0 = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=s < num_sentences, other=0)
+    top = tl.max(logit, axis=1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(logit - top[:, None]), axis=1)
+    if not ONE_BLOCK:
+        for start in range(BLOCK, num_sentences, BLOCK):
+            more = _load_logits(logit_ptr, capacity, start + s, num_sentences, GROUP, GROUP_BLOCK)
+            now = tl.maximum(top, tl.max(more, axis=1))
+            total = total * tl.exp(top - now) + tl.sum(tl.exp(more - now[:, None]), axis=1)
+            top = now
+    norm = top + tl.log(tl.maximum(total, 1e-38))
+    key0 = _score_key(logit, norm, s, num_sentences, GROUP, GROUP_BLOCK, MAX)
     highest = tl.max(key0, axis=0)
     if not ONE_BLOCK:
-        for start in range(0, num_sentences, BLOCK):
-            s = start + tl.arange(0, BLOCK)
-            there = s < num_sentences
-            key = _score_key(logit_ptr, capacity, s, there, norm, GROUP, GROUP_BLOCK, MAX)
-            tl.store(key_ptr + s, key, mask=there)
+        tl.store(key_ptr + s, key0, mask=s < num_sentences)
+        for start in range(BLOCK, num_sentences, BLOCK):
+            more = _load_logits(logit_ptr, capacity, start + s, num_sentences, GROUP, GROUP_BLOCK)
+            key = _score_key(more, norm, start + s, num_sentences, GROUP, GROUP_BLOCK, MAX)
+            tl.store(key_ptr + start + s, key, mask=start + s < num_sentences)
             highest = tl.maximum(highest, tl.max(key, axis=0))
         tl.debug_barrier()
 
@@ -175,14 +202,23 @@ def select_for_head(
     if (low_tokens <= room_tokens) & (low_count <= max_selected):
         # Everything fits: an empty interval.
         high, high_tokens, high_count = low, low_tokens, low_count
-    middle = (low & high) + ((low ^ high) >> 1)
-    while (middle != low) & (low_count - high_count > 1):
-        tokens, count = _measure(key_ptr, place_ptr, middle, num_sentences, key0, length0, ONE_BLOCK, BLOCK)
-        if (tokens <= room_tokens) & (count <= max_selected):
-            high, high_tokens, high_count = middle, tokens, count
-        else:
-            low, low_count = middle, count
-        middle = (low & high) + ((low ^ high) >> 1)
+    t2 = _middle(low, high)
+    while (t2 != low) & (low_count - high_count > 1):
+        t1, t3 = _middle(low, t2), _middle(t2, high)
+        tokens1, count1, tokens2, count2, tokens3, count3 = _measure_three(
+            key_ptr, place_ptr, t1, t2, t3, num_sentences, key0, length0, ONE_BLOCK, BLOCK
+        )
+        fits1 = (tokens1 <= room_tokens) & (count1 <= max_selected)
+        fits2 = (tokens2 <= room_tokens) & (count2 <= max_selected)
+        fits3 = (tokens3 <= room_tokens) & (count3 <= max_selected)
+        # The lowest threshold that fits is the new upper end, the highest that does not the new lower one.
+        new_high = tl.where(fits1, t1, tl.where(fits2, t2, tl.where(fits3, t3, high)))
+        high_tokens = tl.where(fits1, tokens1, tl.where(fits2, tokens2, tl.where(fits3, tokens3, high_tokens)))
+        high_count = tl.where(fits1, count1, tl.where(fits2, count2, tl.where(fits3, count3, high_count)))
+        low = tl.where(fits1, low, tl.where(fits2, t1, tl.where(fits3, t2, t3)))
+        low_count = tl.where(fits1, low_count, tl.where(fits2, count1, tl.where(fits3, count2, count3)))
+        high = new_high
+        t2 = _middle(low, high)
 
     # Keys in [low, high) are one sentence that does not fit, or all equal: of those, the first ones that fit.
     num_taken = tl.zeros((), tl.int32)
@@ -197,15 +233,14 @@ def select_for_head(
             key = tl.load(key_ptr + s, mask=there, other=-0x80000000)
             length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=there, other=0)
         taken = there & (key >= high)
-        tied = there & (key >= low) & (key < high)
-        num_tied = tl.sum(tied.to(tl.int32), axis=0)
-        if num_tied > 0:
+        if low_count - high_count > 1:
+            tied = there & (key >= low) & (key < high)
             before = tied_tokens + tl.cumsum(tl.where(tied, length, 0), axis=0)
             rank = tied_count + tl.cumsum(tied.to(tl.int32), axis=0)
             fits = (high_tokens + before <= room_tokens) & (high_count + rank <= max_selected)
             taken = taken | (tied & fits)
             tied_tokens += tl.sum(tl.where(tied, length, 0), axis=0)
-            tied_count += num_tied
+            tied_count += tl.sum(tied.to(tl.int32), axis=0)
         place = num_taken + tl.cumsum(taken.to(tl.int32), axis=0) - 1
         tl.store(selected_ptr + place, s, mask=taken)
         num_taken += tl.sum(taken.to(tl.int32), axis=0)
@@ -256,11 +291,10 @@ def _select_sentences_kernel(
     )
 
 
-def select_blocks(capacity: int) -> tuple[bool, int, int]:
+def _blocks(capacity: int, group_block: int) -> tuple[bool, int, int]:
     """Whether all scores fit one block, the block's size, and the warps that share it."""
-    one_block = capacity <= _ONE_BLOCK
-    block = triton.next_power_of_2(capacity) if one_block else _BLOCK
-    return one_block, block, min(32, max(4, block // 256))
+    block = min(triton.next_power_of_2(capacity), max(16, _MOST_LOGITS // group_block))
+    return capacity <= block, block, min(32, max(4, block * group_block // 1024))
 
 
 def select_sentences_triton(logit_BNGS: Tensor, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
@@ -269,7 +303,8 @@ def select_sentences_triton(logit_BNGS: Tensor, lanes: Lanes, *, group: Group, r
     assert logit_BNGS.is_contiguous()
     device = logit_BNGS.device
     selected = torch.empty((batch, num_kv_heads, lanes.most_selected), dtype=torch.int32, device=device)
-    one_block, block, num_warps = select_blocks(capacity)
+    group_block = triton.next_power_of_2(num_groups)
+    one_block, block, num_warps = _blocks(capacity, group_block)
     key = torch.empty((1 if one_block else batch * num_kv_heads * capacity,), dtype=torch.int32, device=device)
     address_rows = lanes.address_of[0]
     _select_sentences_kernel[(num_kv_heads, batch)](
@@ -285,7 +320,7 @@ def select_sentences_triton(logit_BNGS: Tensor, lanes: Lanes, *, group: Group, r
         lanes.count_of.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_groups,
-        GROUP_BLOCK=triton.next_power_of_2(num_groups),
+        GROUP_BLOCK=group_block,
         MAX=group == "max",
         ONE_BLOCK=one_block,
         BLOCK=block,

@@ -9,8 +9,6 @@ from triton_ops.lanes import (
     HOT,
     NUM_RESIDENT,
     NUM_SLOTS,
-    PLACE,
-    PLACE_LENGTH,
     POSITION,
     RESIDENT,
     RESIDENT_ROWS,
@@ -18,13 +16,16 @@ from triton_ops.lanes import (
     Lanes,
     element_type,
 )
+from triton_ops.resolve_hot_set import Resolved
 
-_SLOTS = 4
-"""Slots that one program reads."""
+_SLOTS = 2
+"""Slots that one program reads at a time."""
 _ROWS = 64
 """Resident tokens that one program reads at a time."""
-_MERGED = 64
-"""Partial results that are merged at a time."""
+_PROGRAMS = 264
+"""Programs to aim at: two for each multiprocessor of a large GPU. More would leave more partial results to merge."""
+_MERGED_NUMBERS = 16384
+"""Numbers that the merging program holds at a time."""
 
 
 def sparse_decode_ref(
@@ -34,7 +35,7 @@ def sparse_decode_ref(
     lanes: Lanes,
     layer: int,
     selected_BNK: Tensor | None,
-    slot_BNK: Tensor | None,
+    resolved: Resolved | None,
     *,
     scale: float,
     sliding: bool = False,
@@ -49,7 +50,7 @@ def sparse_decode_ref(
     Args:
         q_BAH: post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
         k_BNH, v_BNH: key and value of each lane's new token.
-        selected_BNK, slot_BNK: int32 ids and slots of the selected sentences, -1 padded; None: none are.
+        selected_BNK, resolved: int32 ids of the selected sentences, and where they are; None: none are.
         sliding: whether this is a sliding-window layer, whose resident tokens are a ring.
         scale: multiplies the logits; softcap: `softcap * tanh(logit / softcap)` after it (Gemma 2).
     """
@@ -63,18 +64,15 @@ def sparse_decode_ref(
             row, count = lane.num_resident, lane.num_resident + 1
         resident[:, row, 0], resident[:, row, 1] = k_BNH[b], v_BNH[b]
         q_NGH = q_BAH[b].view(num_kv_heads, -1, head_dim)
-        if slot_BNK is None or selected_BNK is None:
+        if resolved is None or selected_BNK is None:
             output[b] = _attend(q_NGH, resident[:, :count], scale, softcap)[0].flatten(0, 1)
             continue
         hot_kv = lane.hot_kv[layer]
-        slot_NK, selected_NK = slot_BNK[b].long(), selected_BNK[b].long()
+        slot_NK, selected_NK = resolved.slot_BNK[b].long(), selected_BNK[b].long()
         num_selected, slot_tokens = slot_NK.shape[1], hot_kv.shape[2]
         head_N1 = torch.arange(num_kv_heads, device=q_BAH.device)[:, None]
         picked = hot_kv[head_N1, slot_NK.clamp(min=0)]  # [N, K, M, 2, H]
-        valid_NKM = (slot_NK >= 0)[:, :, None].expand(-1, -1, slot_tokens)
-        if lane.num_sentences:
-            length_NK = lane.place_S4[selected_NK.clamp(min=0), 0]
-            valid_NKM = valid_NKM & (torch.arange(slot_tokens, device=q_BAH.device) < length_NK[:, :, None])
+        valid_NKM = torch.arange(slot_tokens, device=q_BAH.device) < resolved.length_BNK[b][:, :, None]
         # Rows that nobody wrote may hold anything, and 0 * NaN is NaN: values are zeroed, logits set to -inf.
         picked = picked.masked_fill(~valid_NKM[..., None, None], 0)
         kv = torch.cat([picked.flatten(1, 2), resident[:, :count]], dim=1)
@@ -117,6 +115,8 @@ def _sparse_decode_kernel(
     count_ptr,
     selected_ptr,
     slot_ptr,
+    length_ptr,
+    number_ptr,
     output_ptr,
     partial_ptr,
     extent_ptr,
@@ -146,6 +146,7 @@ def _sparse_decode_kernel(
     SLOT_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
     MERGED: tl.constexpr,
+    MERGED_GROUP: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     RING: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -169,19 +170,18 @@ def _sparse_decode_kernel(
     value_sum = tl.zeros((GROUP_BLOCK, HEAD_BLOCK), tl.float32)
     sentence_ptr += head * most_selected * GROUP
     slot_ptr += head * most_selected
-    selected_ptr += head * most_selected
+    length_ptr += head * most_selected
 
     if split < SLOT_SPLITS:
-        k0 = split * SLOTS
-        if tl.load(slot_ptr + k0) >= 0:
-            place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32))
-            hot_ptr = tl.multiple_of(tl.load(address_ptr + HOT).to(tl.pointer_type(DTYPE)), 16)
-            hot_ptr += n.to(tl.int64) * tl.load(count_ptr + NUM_SLOTS) * (SLOT_TOKENS * ROW)
-            row = tl.arange(0, SLOTS * SLOT_BLOCK)
-            k, token = k0 + row // SLOT_BLOCK, row % SLOT_BLOCK
-            slot = tl.load(slot_ptr + k, mask=k < most_selected, other=-1)
-            sentence = tl.load(selected_ptr + k, mask=slot >= 0, other=0)
-            length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=slot >= 0, other=0)
+        hot_ptr = tl.multiple_of(tl.load(address_ptr + HOT).to(tl.pointer_type(DTYPE)), 16)
+        hot_ptr += n.to(tl.int64) * tl.load(count_ptr + NUM_SLOTS) * (SLOT_TOKENS * ROW)
+        row = tl.arange(0, SLOTS * SLOT_BLOCK)
+        token = row % SLOT_BLOCK
+        number = tl.load(number_ptr + head)
+        for first in range(split * SLOTS, number, SLOT_SPLITS * SLOTS):
+            k = first + row // SLOT_BLOCK
+            slot = tl.load(slot_ptr + k, mask=k < number, other=0)
+            length = tl.load(length_ptr + k, mask=k < number, other=0)
             valid = token < length
             kv_ptr = hot_ptr + ((slot.to(tl.int64) * SLOT_TOKENS + token) * ROW)[:, None] + h[None, :]
             mask = valid[:, None] & in_head[None, :]
@@ -189,18 +189,19 @@ def _sparse_decode_kernel(
             value = tl.load(kv_ptr + HEAD_DIM, mask=mask, other=0.0)
             logit = _logits(q, key, scale, softcap, SOFTCAP, PRECISION)
             logit = tl.where(valid[None, :], logit, float("-inf"))
-            highest = tl.max(logit, axis=1)
-            weight = tl.exp(logit - highest[:, None])
-            total = tl.sum(weight, axis=1)
-            value_sum = tl.dot(weight.to(DTYPE), value, input_precision=PRECISION)
-            # For each sentence, the sum of its weights, and their common maximum.
+            now = tl.maximum(highest, tl.max(logit, axis=1))
+            weight = tl.exp(logit - now[:, None])
+            factor = tl.exp(highest - now)
+            total = total * factor + tl.sum(weight, axis=1)
+            value_sum = value_sum * factor[:, None] + tl.dot(weight.to(DTYPE), value, input_precision=PRECISION)
+            highest = now
+            # For each sentence, the log of the sum of its weights.
             of_slot = tl.sum(tl.reshape(weight, (GROUP_BLOCK, SLOTS, SLOT_BLOCK)), axis=2)
-            log_weight = tl.log(of_slot) + highest[:, None]
-            k_of = k0 + tl.arange(0, SLOTS)
+            k_of = first + tl.arange(0, SLOTS)
             tl.store(
                 sentence_ptr + g[:, None] * most_selected + k_of[None, :],
-                log_weight,
-                mask=in_group[:, None] & (k_of < most_selected)[None, :],
+                tl.log(of_slot) + now[:, None],
+                mask=in_group[:, None] & (k_of < number)[None, :],
             )
     elif resident != 0:
         if RING:
@@ -244,44 +245,56 @@ def _sparse_decode_kernel(
     arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
     if arrived == SPLITS - 1:
         tl.store(arrived_ptr + head, 0)
+        m = tl.arange(0, MERGED_GROUP)
+        in_merged = m < GROUP
+        top = tl.full((MERGED_GROUP,), float("-inf"), tl.float32)
+        sum_of = tl.zeros((MERGED_GROUP,), tl.float32)
+        merged = tl.zeros((MERGED_GROUP, HEAD_BLOCK), tl.float32)
+        for first in tl.static_range(0, SPLITS, MERGED):
+            p = first + tl.arange(0, MERGED)
+            entry_PG = p[:, None] * GROUP + m[None, :]
+            there = (p < SPLITS)[:, None] & in_merged[None, :]
+            top_PG = tl.load(extent_ptr + entry_PG * 2, mask=there, other=float("-inf"))
+            sum_PG = tl.load(extent_ptr + entry_PG * 2 + 1, mask=there, other=0.0)
+            part_PGH = tl.load(
+                partial_ptr + entry_PG[:, :, None] * HEAD_DIM + h[None, None, :],
+                mask=there[:, :, None] & in_head[None, None, :],
+                other=0.0,
+            )
+            now = tl.maximum(top, tl.max(top_PG, axis=0))
+            safe = tl.where(now == float("-inf"), 0.0, now)
+            weight_PG = tl.exp(top_PG - safe[None, :])
+            factor = tl.exp(top - safe)
+            sum_of = sum_of * factor + tl.sum(weight_PG * sum_PG, axis=0)
+            merged = merged * factor[:, None] + tl.sum(part_PGH * weight_PG[:, :, None], axis=0)
+            top = now
+        # A lane without a sequence has nothing to attend to.
+        output = tl.where((sum_of > 0)[:, None], merged / tl.maximum(sum_of, 1e-38)[:, None], 0.0)
         output_ptr += head * GROUP * HEAD_DIM
-        for i in tl.static_range(GROUP):
-            top = tl.full((), float("-inf"), tl.float32)
-            sum_of = tl.zeros((), tl.float32)
-            merged = tl.zeros((HEAD_BLOCK,), tl.float32)
-            for first in tl.static_range(0, SPLITS, MERGED):
-                p = first + tl.arange(0, MERGED)
-                there = p < SPLITS
-                of_p = tl.load(extent_ptr + (p * GROUP + i) * 2, mask=there, other=float("-inf"))
-                sum_p = tl.load(extent_ptr + (p * GROUP + i) * 2 + 1, mask=there, other=0.0)
-                part = tl.load(
-                    partial_ptr + ((p * GROUP + i) * HEAD_DIM)[:, None] + h[None, :],
-                    mask=(there & (sum_p > 0))[:, None] & in_head[None, :],
-                    other=0.0,
-                )
-                now = tl.maximum(top, tl.max(of_p, axis=0))
-                safe = tl.where(now == float("-inf"), 0.0, now)
-                weight = tl.exp(of_p - safe)
-                factor = tl.exp(top - safe)
-                sum_of = sum_of * factor + tl.sum(weight * sum_p, axis=0)
-                merged = merged * factor + tl.sum(part * weight[:, None], axis=0)
-                top = now
-            # A lane without a sequence has nothing to attend to.
-            output = tl.where(sum_of > 0, merged / tl.maximum(sum_of, 1e-38), 0.0)
-            tl.store(output_ptr + i * HEAD_DIM + h, output.to(DTYPE), mask=in_head)
-            tl.store(extent_ptr + i * 2, top + tl.log(tl.maximum(sum_of, 1e-38)))
+        tl.store(
+            output_ptr + m[:, None] * HEAD_DIM + h[None, :],
+            output.to(DTYPE),
+            mask=in_merged[:, None] & in_head[None, :],
+        )
         if SLOT_SPLITS > 0:
-            tl.debug_barrier()
-            share_ptr = tl.load(address_ptr + SHARE).to(tl.pointer_type(tl.float32))
-            k = tl.arange(0, SELECTED_BLOCK)
-            taken = tl.load(slot_ptr + k, mask=k < most_selected, other=-1) >= 0
-            share = tl.zeros((SELECTED_BLOCK,), tl.float32)
-            for i in tl.static_range(GROUP):
-                log_total = tl.load(extent_ptr + i * 2)
-                log_weight = tl.load(sentence_ptr + i * most_selected + k, mask=taken, other=float("-inf"))
-                share += tl.exp(log_weight - log_total)
-            sentence = tl.load(selected_ptr + k, mask=taken, other=0)
-            tl.atomic_add(share_ptr + sentence, share / (GROUP * NUM_KV_HEADS), mask=taken, sem="relaxed")
+            number = tl.load(number_ptr + head)
+            if number > 0:
+                share_ptr = tl.load(address_ptr + SHARE).to(tl.pointer_type(tl.float32))
+                k = tl.arange(0, SELECTED_BLOCK)
+                log_total = tl.where(in_merged, top + tl.log(tl.maximum(sum_of, 1e-38)), 0.0)
+                log_weight = tl.load(
+                    sentence_ptr + m[:, None] * most_selected + k[None, :],
+                    mask=in_merged[:, None] & (k < number)[None, :],
+                    other=float("-inf"),
+                )
+                share = tl.sum(tl.exp(log_weight - log_total[:, None]), axis=0) / (GROUP * NUM_KV_HEADS)
+                sentence = tl.load(selected_ptr + head * most_selected + k, mask=k < number, other=0)
+                tl.atomic_add(share_ptr + sentence, share, mask=k < number, sem="relaxed")
+
+
+def _even_splits(blocks: int, programs: int) -> int:
+    """As few programs as need not read more blocks, one after another, than `programs` would."""
+    return triton.cdiv(blocks, max(1, triton.cdiv(blocks, programs))) if blocks else 0
 
 
 def sparse_decode_triton(
@@ -291,7 +304,7 @@ def sparse_decode_triton(
     lanes: Lanes,
     layer: int,
     selected_BNK: Tensor | None,
-    slot_BNK: Tensor | None,
+    resolved: Resolved | None,
     *,
     scale: float,
     sliding: bool = False,
@@ -305,11 +318,21 @@ def sparse_decode_triton(
     assert q_BAH.stride(2) == k_BNH.stride(2) == v_BNH.stride(2) == 1
     resident = [lane.resident_kv[layer] for lane in lanes.lanes]
     most_rows = max(kv.shape[1] for kv in resident)
-    most_selected = 0 if slot_BNK is None else slot_BNK.shape[2]
-    slot_splits = triton.cdiv(most_selected, _SLOTS)
-    slot_block = max(4, triton.next_power_of_2(lanes.slot_tokens))
-    resident_splits = min(triton.cdiv(most_rows, _ROWS), max(1, 1056 // (num_kv_heads * batch)))
-    splits = slot_splits + resident_splits
+    most_selected = 0 if resolved is None else resolved.slot_BNK.shape[2]
+    slot_block = triton.next_power_of_2(lanes.slot_tokens)
+    slots = max(_SLOTS, 16 // slot_block)
+    head_block = max(16, triton.next_power_of_2(head_dim))
+    programs = max(1, _PROGRAMS // (num_kv_heads * batch))
+    slot_splits = _even_splits(triton.cdiv(most_selected, slots), programs)
+    splits = slot_splits + _even_splits(triton.cdiv(most_rows, _ROWS), programs)
+    merged_group = triton.next_power_of_2(group)
+    most_merged = max(1, _MERGED_NUMBERS // (merged_group * head_block))
+    never_read = lanes.count_of
+    where = (
+        (never_read, never_read, never_read)
+        if resolved is None
+        else (resolved.slot_BNK, resolved.length_BNK, resolved.count_BN)
+    )
     output = torch.empty((batch, num_heads, head_dim), dtype=dtype, device=device)
     partial = torch.empty((batch * num_heads * splits * head_dim,), dtype=torch.float32, device=device)
     extent = torch.empty((batch * num_heads * splits * 2,), dtype=torch.float32, device=device)
@@ -321,8 +344,8 @@ def sparse_decode_triton(
         v_BNH,
         address_rows,
         lanes.count_of,
-        lanes.count_of if selected_BNK is None else selected_BNK,  # never read if there are no slots
-        lanes.count_of if slot_BNK is None else slot_BNK,
+        never_read if selected_BNK is None else selected_BNK,
+        *where,
         output,
         partial,
         extent,
@@ -344,14 +367,15 @@ def sparse_decode_triton(
         GROUP=group,
         GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
-        HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
+        HEAD_BLOCK=head_block,
         SLOT_TOKENS=lanes.slot_tokens,
         SLOT_BLOCK=slot_block,
-        SLOTS=_SLOTS,
+        SLOTS=slots,
         ROWS=_ROWS,
         SLOT_SPLITS=slot_splits,
         SPLITS=splits,
-        MERGED=min(_MERGED, triton.next_power_of_2(splits)),
+        MERGED=min(most_merged, triton.next_power_of_2(splits)),
+        MERGED_GROUP=merged_group,
         SELECTED_BLOCK=triton.next_power_of_2(max(most_selected, 1)),
         RING=sliding,
         SOFTCAP=softcap is not None,
@@ -369,7 +393,7 @@ def sparse_decode(
     lanes: Lanes,
     layer: int,
     selected_BNK: Tensor | None,
-    slot_BNK: Tensor | None,
+    resolved: Resolved | None,
     *,
     scale: float,
     sliding: bool = False,
@@ -377,4 +401,4 @@ def sparse_decode(
 ) -> Tensor:
     """Attention of one new token over slots and resident tokens; see `sparse_decode_ref`."""
     op = sparse_decode_triton if q_BAH.is_cuda else sparse_decode_ref
-    return op(q_BAH, k_BNH, v_BNH, lanes, layer, selected_BNK, slot_BNK, scale=scale, sliding=sliding, softcap=softcap)
+    return op(q_BAH, k_BNH, v_BNH, lanes, layer, selected_BNK, resolved, scale=scale, sliding=sliding, softcap=softcap)
