@@ -51,7 +51,10 @@ def test_kernels_in_the_interpreter() -> None:
 def close(
     kernel: Callable[..., Tensor], reference: Callable[..., Tensor], *tensors: object, **keywords: object
 ) -> None:
-    """The kernel's error against float32 is at most twice that of the reference in the same dtype."""
+    """The kernel's error against float64 is at most twice that of the reference in the same dtype.
+
+    And a few roundings: in float32 the order of a sum matters as much as its precision.
+    """
 
     def to(value: object, dtype: torch.dtype) -> object:
         if isinstance(value, tuple):
@@ -65,7 +68,7 @@ def close(
     got = kernel(*tensors, **keywords)
     assert got.dtype == want.dtype
     assert got.shape == want.shape
-    allowed = 2 * (want.double() - truth).abs().max() + torch.finfo(want.dtype).eps * truth.abs().max()
+    allowed = 2 * (want.double() - truth).abs().max() + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
     assert (got.double() - truth).abs().max() <= allowed
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_ops.linear import MAX_ROWS, Tiles, fetch_ahead, load_row, load_weights
+from triton_ops.linear import MAX_ROWS, Tiles, load_batch, load_row, load_weights
 from triton_ops.rms_norm import launch_options, rms_norm, rms_norm_ref, starts_early, wait_for_inputs
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -122,22 +122,17 @@ def _gated_linear_kernel(
     up_ptr,
     gate_bias_ptr,
     up_bias_ptr,
-    norm_ptr,
     y_ptr,
     batch,
     num_out,
     x_stride,
     y_stride,
-    eps,
-    offset,
     SILU: tl.constexpr,
     BIAS: tl.constexpr,
-    NORM: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_O: tl.constexpr,
     NUM_IN: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     WHOLE: tl.constexpr = NUM_IN % BLOCK_I == 0
@@ -147,31 +142,16 @@ def _gated_linear_kernel(
     w_offsets = (tl.minimum(o, num_out - 1).to(tl.int64) * NUM_IN)[:, None] + i[None, :]
     gate_ptrs = gate_ptr + w_offsets
     up_ptrs = up_ptr + w_offsets
-    x_ptrs = x_ptr + (tl.minimum(b, batch - 1).to(tl.int64) * x_stride)[:, None] + i[None, :]
-    fetch_ahead(gate_ptr, tl.minimum(o, num_out - 1), NUM_IN, AHEAD)
-    fetch_ahead(up_ptr, tl.minimum(o, num_out - 1), NUM_IN, AHEAD)
+    x_ptrs = x_ptr + (b.to(tl.int64) * x_stride)[:, None] + i[None, :]
     wait_for_inputs(EARLY)
     gate_total = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
     up_total = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
-    square = tl.zeros((BLOCK_B,), tl.float32)
     for start in range(0, NUM_IN, BLOCK_I):
         gate = load_weights(gate_ptrs + start, i + start, NUM_IN, WHOLE)
         up = load_weights(up_ptrs + start, i + start, NUM_IN, WHOLE)
-        x = tl.load(x_ptrs + start) if WHOLE else tl.load(x_ptrs + start, mask=(i + start < NUM_IN)[None, :], other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            square += tl.sum(wide * wide, 1)
-            if WHOLE:
-                norm = tl.load(norm_ptr + i + start)
-            else:
-                norm = tl.load(norm_ptr + i + start, mask=i + start < NUM_IN, other=0.0)
-            x = (wide * (norm.to(tl.float32) + offset)[None, :]).to(x.dtype)
+        x = load_batch(x_ptrs + start, b, i + start, batch, NUM_IN, WHOLE)
         gate_total = tl.dot(x, tl.trans(gate), gate_total, input_precision="ieee")
         up_total = tl.dot(x, tl.trans(up), up_total, input_precision="ieee")
-    if NORM:
-        scale = tl.rsqrt(square / NUM_IN + eps)[:, None]
-        gate_total *= scale
-        up_total *= scale
     y = _gated(
         gate_total, up_total, gate_bias_ptr, up_bias_ptr, o[None, :], num_out, SILU, BIAS, y_ptr.dtype.element_ty
     )
@@ -180,10 +160,13 @@ def _gated_linear_kernel(
 
 
 def _tiles(batch: int, num_in: int) -> Tiles:
-    """What measured best on an H100 for the shapes of models of one to eight billion weights."""
+    """What measured best on an H100 for the shapes of models of four and eight billion weights."""
     if batch == 1:
-        return Tiles(4, min(1024, triton.next_power_of_2(num_in)), 8, 1)
-    return Tiles(32, min(128, max(16, triton.next_power_of_2(num_in))), 4, 4)
+        whole = next((block for block in (4096, 1024, 512) if num_in % block == 0), 512)
+        tiles = Tiles(1, 4096, 8, 1) if whole == 4096 else Tiles(4, whole, whole // 256, 1)
+    else:
+        tiles = Tiles(64, 128, 4, 5)
+    return tiles._replace(block_i=min(tiles.block_i, max(16, triton.next_power_of_2(num_in))))
 
 
 def gated_linear_triton(
@@ -199,7 +182,7 @@ def gated_linear_triton(
     norm_offset: float = 0.0,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """`gated_linear_ref` as one kernel (two where rows of fp16 are normalised: their products could overflow)."""
+    """`gated_linear_ref` as one kernel (two where more than one row is normalised)."""
     batch, num_in = x_BI.shape
     num_out = gate_OI.shape[0]
     assert 1 <= batch <= MAX_ROWS, batch
@@ -214,7 +197,7 @@ def gated_linear_triton(
     if norm_weight_I is not None:
         assert norm_weight_I.shape == (num_in,)
         assert norm_weight_I.is_contiguous()
-        if batch > 1 and x_BI.dtype == torch.float16:
+        if batch > 1:
             x_BI, norm_weight_I = rms_norm(x_BI, norm_weight_I, eps=norm_eps, offset=norm_offset), None
     y = torch.empty((batch, num_out), dtype=x_BI.dtype, device=x_BI.device)
     tiles = tiles or _tiles(batch, num_in)
@@ -225,13 +208,10 @@ def gated_linear_triton(
         up_OI,
         y if gate_bias_O is None else gate_bias_O,
         y if up_bias_O is None else up_bias_O,
-        x_BI if norm_weight_I is None else norm_weight_I,
-        y,
     )
     options = {
         "SILU": activation == "silu",
         "BIAS": gate_bias_O is not None,
-        "NORM": norm_weight_I is not None,
         "BLOCK_O": tiles.block_o,
         "NUM_IN": num_in,
         "BLOCK_I": tiles.block_i,
@@ -242,18 +222,25 @@ def gated_linear_triton(
     }
     grid = (triton.cdiv(num_out, tiles.block_o),)
     if batch == 1:
-        _gated_linear_row_kernel[grid](*arguments, num_out, norm_eps, norm_offset, **options)
-    else:
-        strides = (x_BI.stride(0), y.stride(0))
-        _gated_linear_kernel[grid](
+        _gated_linear_row_kernel[grid](
             *arguments,
-            batch,
+            x_BI if norm_weight_I is None else norm_weight_I,
+            y,
             num_out,
-            *strides,
             norm_eps,
             norm_offset,
+            NORM=norm_weight_I is not None,
+            **options,
+        )
+    else:
+        _gated_linear_kernel[grid](
+            *arguments,
+            y,
+            batch,
+            num_out,
+            x_BI.stride(0),
+            y.stride(0),
             BLOCK_B=16 if batch <= 16 else 32,
-            AHEAD=min(tiles.ahead, num_in) if early else 0,
             **options,
         )
     return y

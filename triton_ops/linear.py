@@ -22,6 +22,10 @@ MAX_ROWS = 32
 """Rows of x that the kernels take."""
 
 
+FEW_ROWS = 2
+"""Up to this many, products are summed without the matrix units, and the norm is part of the same kernel."""
+
+
 class Tiles(NamedTuple):
     """How a launch is cut."""
 
@@ -31,8 +35,6 @@ class Tiles(NamedTuple):
     """Columns that it multiplies at a time."""
     num_warps: int
     num_stages: int
-    ahead: int = 0
-    """Columns whose way to the cache begins before the inputs are there; for several rows only."""
 
 
 def linear_ref(
@@ -94,22 +96,6 @@ def load_weights(ptrs, i, num_in, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def fetch_ahead(w_ptr, o, NUM_IN: tl.constexpr, AHEAD: tl.constexpr):
-    """Start bringing the first columns of some rows of weights to the L2 cache; lines of it are 128 bytes."""
-    LINE: tl.constexpr = 64
-    if AHEAD > 0:
-        ptrs = w_ptr + (o.to(tl.int64) * NUM_IN)[:, None] + (tl.arange(0, AHEAD // LINE) * LINE)[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [ptrs.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def load_row(x_ptr, norm_ptr, i, num_in, offset, square, NORM: tl.constexpr, WHOLE: tl.constexpr):
     """A piece of one row in float32, times the norm's weight, and the running squares of the row itself."""
     x = tl.load(x_ptr + i).to(tl.float32) if WHOLE else tl.load(x_ptr + i, mask=i < num_in, other=0.0).to(tl.float32)
@@ -123,7 +109,40 @@ def load_row(x_ptr, norm_ptr, i, num_in, offset, square, NORM: tl.constexpr, WHO
 
 
 @triton.jit
-def _linear_row_kernel(
+def zeros_for(ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """A tuple of float32 blocks, one for each row of x."""
+    blocks = ()
+    for _ in tl.static_range(ROWS):
+        blocks += (tl.zeros(SHAPE, tl.float32),)
+    return blocks
+
+
+@triton.jit
+def load_rows(
+    x_ptr, x_stride, norm_ptr, i, num_in, offset, squares, ROWS: tl.constexpr, NORM: tl.constexpr, WHOLE: tl.constexpr
+):
+    """`load_row` of every row of x."""
+    x_rows = ()
+    added = ()
+    for row in tl.static_range(ROWS):
+        x, square = load_row(x_ptr + row * x_stride, norm_ptr, i, num_in, offset, squares[row], NORM, WHOLE)
+        x_rows += (x,)
+        added += (square,)
+    return x_rows, added
+
+
+@triton.jit
+def multiply_rows(totals, w, x_rows, ROWS: tl.constexpr):
+    """The running products of a tile of weights with every row of x, not yet summed over columns."""
+    w = w.to(tl.float32)
+    added = ()
+    for row in tl.static_range(ROWS):
+        added += (totals[row] + w * x_rows[row][None, :],)
+    return added
+
+
+@triton.jit
+def _linear_rows_kernel(
     x_ptr,
     a_ptr,
     b_ptr,
@@ -137,12 +156,16 @@ def _linear_row_kernel(
     rows_a,
     rows_b,
     rows_c,
+    x_stride,
+    residual_stride,
+    y_stride,
     eps,
     offset,
     COUNT: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     NUM_IN: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -158,28 +181,37 @@ def _linear_row_kernel(
     w_ptrs = tl.multiple_of(w_ptr, 16) + (tl.minimum(o, rows - 1).to(tl.int64) * NUM_IN)[:, None] + i[None, :]
     w = load_weights(w_ptrs, i, NUM_IN, WHOLE)
     wait_for_inputs(EARLY)
-    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    square = tl.zeros((BLOCK_I,), tl.float32)
+    totals = zeros_for(ROWS, (BLOCK_O, BLOCK_I))
+    squares = zeros_for(ROWS, (BLOCK_I,))
     # The next weights are on their way while these are multiplied.
     for start in range(0, NUM_IN - BLOCK_I, BLOCK_I):
         w_next = load_weights(w_ptrs + start + BLOCK_I, i + start + BLOCK_I, NUM_IN, WHOLE)
-        x, square = load_row(x_ptr, norm_ptr, i + start, NUM_IN, offset, square, NORM, True)
-        total += w.to(tl.float32) * x[None, :]
+        x_rows, squares = load_rows(x_ptr, x_stride, norm_ptr, i + start, NUM_IN, offset, squares, ROWS, NORM, True)
+        totals = multiply_rows(totals, w, x_rows, ROWS)
         w = w_next
     last = (NUM_IN - 1) // BLOCK_I * BLOCK_I
-    x, square = load_row(x_ptr, norm_ptr, i + last, NUM_IN, offset, square, NORM, WHOLE)
-    total += w.to(tl.float32) * x[None, :]
-    y = tl.sum(total, 1)
-    if NORM:
-        y *= tl.rsqrt(tl.sum(square, 0) / NUM_IN + eps)
-    if BIAS:
-        bias_ptr, _, _, _ = pick(pid, bias_a_ptr, bias_b_ptr, bias_c_ptr, rows_a, rows_b, rows_c, BLOCK_O, COUNT)
-        y += tl.load(bias_ptr + o, mask=inside, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        # The sum is rounded before the residual enters, as where it is a tensor of its own.
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-        y += tl.load(residual_ptr + first + o, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + first + o, y, mask=inside)
+    x_rows, squares = load_rows(x_ptr, x_stride, norm_ptr, i + last, NUM_IN, offset, squares, ROWS, NORM, WHOLE)
+    totals = multiply_rows(totals, w, x_rows, ROWS)
+    column = first + o
+    for row in tl.static_range(ROWS):
+        y = tl.sum(totals[row], 1)
+        if NORM:
+            y *= tl.rsqrt(tl.sum(squares[row], 0) / NUM_IN + eps)
+        if BIAS:
+            bias_ptr, _, _, _ = pick(pid, bias_a_ptr, bias_b_ptr, bias_c_ptr, rows_a, rows_b, rows_c, BLOCK_O, COUNT)
+            y += tl.load(bias_ptr + o, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            # The sum is rounded before the residual enters, as where it is a tensor of its own.
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+            y += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row * y_stride + column, y, mask=inside)
+
+
+@triton.jit
+def load_batch(ptrs, b, i, batch, num_in, WHOLE: tl.constexpr):
+    """A tile of x; rows that are not there are not read: programs would crowd around one and the same line."""
+    mask = (b < batch)[:, None] if WHOLE else (b < batch)[:, None] & (i < num_in)[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -191,7 +223,6 @@ def _linear_kernel(
     bias_a_ptr,
     bias_b_ptr,
     bias_c_ptr,
-    norm_ptr,
     residual_ptr,
     y_ptr,
     batch,
@@ -201,17 +232,13 @@ def _linear_kernel(
     x_stride,
     residual_stride,
     y_stride,
-    eps,
-    offset,
     COUNT: tl.constexpr,
     BIAS: tl.constexpr,
-    NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_O: tl.constexpr,
     NUM_IN: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     WHOLE: tl.constexpr = NUM_IN % BLOCK_I == 0
@@ -221,25 +248,13 @@ def _linear_kernel(
     b = tl.arange(0, BLOCK_B)
     i = tl.arange(0, BLOCK_I)
     w_ptrs = tl.multiple_of(w_ptr, 16) + (tl.minimum(o, rows - 1).to(tl.int64) * NUM_IN)[:, None] + i[None, :]
-    x_ptrs = x_ptr + (tl.minimum(b, batch - 1).to(tl.int64) * x_stride)[:, None] + i[None, :]
-    fetch_ahead(w_ptr, tl.minimum(o, rows - 1), NUM_IN, AHEAD)
+    x_ptrs = x_ptr + (b.to(tl.int64) * x_stride)[:, None] + i[None, :]
     wait_for_inputs(EARLY)
     total = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
-    square = tl.zeros((BLOCK_B,), tl.float32)
     for start in range(0, NUM_IN, BLOCK_I):
         w = load_weights(w_ptrs + start, i + start, NUM_IN, WHOLE)
-        x = tl.load(x_ptrs + start) if WHOLE else tl.load(x_ptrs + start, mask=(i + start < NUM_IN)[None, :], other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            square += tl.sum(wide * wide, 1)
-            if WHOLE:
-                norm = tl.load(norm_ptr + i + start)
-            else:
-                norm = tl.load(norm_ptr + i + start, mask=i + start < NUM_IN, other=0.0)
-            x = (wide * (norm.to(tl.float32) + offset)[None, :]).to(x.dtype)
+        x = load_batch(x_ptrs + start, b, i + start, batch, NUM_IN, WHOLE)
         total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
-    if NORM:
-        total *= tl.rsqrt(square / NUM_IN + eps)[:, None]
     inside = o < rows
     there = (b < batch)[:, None] & inside[None, :]
     if BIAS:
@@ -254,11 +269,18 @@ def _linear_kernel(
 
 
 def _tiles(batch: int, num_in: int, num_out: int) -> Tiles:
-    """What measured best on an H100 for the shapes of models of one to eight billion weights."""
+    """What measured best on an H100 for the shapes of models of four and eight billion weights."""
     if batch == 1:
-        return Tiles(4, min(1024, triton.next_power_of_2(num_in)), 4, 1)
-    block_i = min(128, max(16, triton.next_power_of_2(num_in)))
-    return Tiles(32 if num_out <= 8192 else 64, block_i, 4, 5)
+        whole = next((block for block in (2048, 1024, 512) if num_in % block == 0), 512)
+        if whole == 2048 and num_out <= 4096:
+            tiles = Tiles(4 if num_in <= 8192 else 1, 2048, 8, 1)
+        else:
+            tiles = Tiles(2, 1024, 4, 1) if whole >= 1024 else Tiles(4, 512, 4, 1)
+    elif batch <= FEW_ROWS:
+        tiles = Tiles(4, 512, 2, 1)
+    else:
+        tiles = Tiles(32, 256, 4, 6) if num_out <= 4096 else Tiles(64, 256, 8, 4)
+    return tiles._replace(block_i=min(tiles.block_i, max(16, triton.next_power_of_2(num_in))))
 
 
 def linear_triton(
@@ -272,7 +294,7 @@ def linear_triton(
     residual_BO: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """`linear_ref` as one kernel (two where rows of fp16 are normalised: their products could overflow)."""
+    """`linear_ref` as one kernel (two where more than `FEW_ROWS` rows are normalised)."""
     batch, num_in = x_BI.shape
     rows = [weight.shape[0] for weight in weights]
     assert 1 <= batch <= MAX_ROWS, batch
@@ -287,10 +309,11 @@ def linear_triton(
     for bias, count in zip(biases, rows, strict=False):
         assert bias.shape == (count,)
         assert bias.is_contiguous()
+    few = batch <= FEW_ROWS
     if norm_weight_I is not None:
         assert norm_weight_I.shape == (num_in,)
         assert norm_weight_I.is_contiguous()
-        if batch > 1 and x_BI.dtype == torch.float16:
+        if not few:
             x_BI, norm_weight_I = rms_norm(x_BI, norm_weight_I, eps=norm_eps, offset=norm_offset), None
     num_out = sum(rows)
     if residual_BO is not None:
@@ -302,12 +325,11 @@ def linear_triton(
     padded = [*weights, *[weights[0]] * (3 - len(weights))]
     padded_biases = [*biases, *[biases[0] if biases else y] * (3 - len(biases))]
     padded_rows = [*rows, *[0] * (3 - len(rows))]
-    arguments = (*padded, *padded_biases, norm_weight_I if norm_weight_I is not None else x_BI)
     residual = y if residual_BO is None else residual_BO
+    strides = (x_BI.stride(0), residual.stride(0), y.stride(0))
     options = {
         "COUNT": len(weights),
         "BIAS": bool(biases),
-        "NORM": norm_weight_I is not None,
         "RESIDUAL": residual_BO is not None,
         "BLOCK_O": tiles.block_o,
         "NUM_IN": num_in,
@@ -318,23 +340,33 @@ def linear_triton(
         **launch_options(early),
     }
     grid = (sum(triton.cdiv(count, tiles.block_o) for count in rows),)
-    if batch == 1:
-        _linear_row_kernel[grid](x_BI, *arguments, residual, y, *padded_rows, norm_eps, norm_offset, **options)
+    if few:
+        _linear_rows_kernel[grid](
+            x_BI,
+            *padded,
+            *padded_biases,
+            x_BI if norm_weight_I is None else norm_weight_I,
+            residual,
+            y,
+            *padded_rows,
+            *strides,
+            norm_eps,
+            norm_offset,
+            NORM=norm_weight_I is not None,
+            ROWS=batch,
+            **options,
+        )
     else:
         _linear_kernel[grid](
             x_BI,
-            *arguments,
+            *padded,
+            *padded_biases,
             residual,
             y,
             batch,
             *padded_rows,
-            x_BI.stride(0),
-            residual.stride(0),
-            y.stride(0),
-            norm_eps,
-            norm_offset,
+            *strides,
             BLOCK_B=16 if batch <= 16 else 32,
-            AHEAD=min(tiles.ahead, num_in) if early else 0,
             **options,
         )
     return y

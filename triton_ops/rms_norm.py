@@ -22,6 +22,11 @@ def starts_early(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= _HOPPER
 
 
+def launch_options(early: bool) -> dict[str, bool]:
+    """Keywords of a launch that `starts_early`; other devices do not know them."""
+    return {"launch_pdl": True} if early else {}
+
+
 @triton.jit
 def wait_for_inputs(EARLY: tl.constexpr):
     """Wait until the kernels in front have ended and what they wrote is visible; then let the next one begin."""
@@ -92,11 +97,6 @@ def rms_norm_triton(x_BI: Tensor, weight_I: Tensor, *, eps: float, offset: float
         **launch_options(early),
     )
     return y
-
-
-def launch_options(early: bool) -> dict[str, bool]:
-    """Keywords of a launch that `starts_early`; other devices do not know them."""
-    return {"launch_pdl": True} if early else {}
 
 
 def rms_norm(x_BI: Tensor, weight_I: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
