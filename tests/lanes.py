@@ -197,7 +197,7 @@ def random_selection(lanes: Lanes, counts: list[list[int]], seed: int = 0) -> Te
 def fetch(lanes: Lanes, layer: int, selected_BNK: Tensor) -> Resolved:
     """Bring a selection into the hot set, by the references."""
     resolved = resolve_hot_set_ref(selected_BNK, lanes, layer)
-    gather_kv_ref(selected_BNK, *resolved, lanes, layer)
+    gather_kv_ref(selected_BNK, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
     return resolved
 
 

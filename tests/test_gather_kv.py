@@ -32,7 +32,8 @@ def test_misses_are_copied_and_nothing_else(
             lane.step = step
         lanes.count()
         selected = random_selection(lanes, counts, seed=step)
-        slot, miss = resolve_hot_set_ref(selected, lanes, layer)
+        resolved = resolve_hot_set_ref(selected, lanes, layer)
+        slot, miss = resolved.slot_BNK, resolved.miss_BNK
         expected = [lane.hot_kv[layer].clone() for lane in lanes.lanes]
         for b, n, k in miss.nonzero().tolist():
             lane = lanes.lanes[b]

@@ -56,8 +56,10 @@ def test_against_a_plain_cache(op: Op, device: torch.device) -> None:
         lanes.count()
         counts = torch.randint(0, num_slots + 1, (2, heads), generator=generator).tolist()
         selected = random_selection(lanes, counts, seed=step)
-        slot, miss = op(selected, lanes, layer)
-        assert (slot.dtype, miss.dtype) == (torch.int32, torch.int8)
+        resolved = op(selected, lanes, layer)
+        slot, length, miss, number = resolved
+        assert [table.dtype for table in resolved] == [torch.int32, torch.int32, torch.int8, torch.int32]
+        assert number.tolist() == [*counts, [0] * heads]
         for b, lane in enumerate(lanes.lanes):
             for n in range(heads):
                 wanted = [s for s in selected[b, n].tolist() if s >= 0]
@@ -66,6 +68,7 @@ def test_against_a_plain_cache(op: Op, device: torch.device) -> None:
                 padding = lanes.most_selected - len(wanted)
                 assert slot[b, n].tolist() == expected_slots + [-1] * padding
                 assert miss[b, n].tolist() == expected_misses + [0] * padding
+                assert length[b, n].tolist() == [int(lane.place_S4[s, 0]) for s in wanted] + [0] * padding
                 assert lane.sentence_of_slot[layer][n].tolist() == cache.held
                 assert lane.last_used[layer][n].tolist() == cache.last_used
                 width = lane.slot_of_sentence[layer].shape[1]
@@ -79,6 +82,7 @@ def test_against_a_plain_cache(op: Op, device: torch.device) -> None:
             assert (lane.sentence_of_slot[0] == -1).all(), "another layer's tables are not touched"
         assert (slot[2] == -1).all()
         assert (miss[2] == 0).all()
+        assert (length[2] == 0).all()
 
 
 def test_lanes_at_steps_of_their_own(op: Op, device: torch.device) -> None:
@@ -90,7 +94,7 @@ def test_lanes_at_steps_of_their_own(op: Op, device: torch.device) -> None:
             lane.step = step
         lanes.count()
         selected = random_selection(lanes, [[2], [2]], seed=steps[0])
-        slot, _ = op(selected, lanes, 0)
+        slot = op(selected, lanes, 0).slot_BNK
         for b in range(2):
             wanted = [s for s in selected[b, 0].tolist() if s >= 0]
             assert slot[b, 0].tolist()[:2] == caches[b].resolve(wanted, steps[b])[0]
@@ -99,9 +103,10 @@ def test_lanes_at_steps_of_their_own(op: Op, device: torch.device) -> None:
 def test_nothing_selected(op: Op, device: torch.device) -> None:
     lanes = random_batch([[[4, 4]], [[]]], device)
     before = lanes.lanes[0].last_used[0].clone()
-    slot, miss = op(random_selection(lanes, [[0, 0], [0, 0]]), lanes, 0)
-    assert (slot == -1).all()
-    assert (miss == 0).all()
+    resolved = op(random_selection(lanes, [[0, 0], [0, 0]]), lanes, 0)
+    assert (resolved.slot_BNK == -1).all()
+    assert (resolved.miss_BNK == 0).all()
+    assert (resolved.count_BN == 0).all()
     assert torch.equal(lanes.lanes[0].last_used[0], before)
     assert lanes.lanes[0].traffic.tolist() == [0, 0, 0]
 
@@ -113,9 +118,9 @@ def test_all_slots_at_once(op: Op, device: torch.device) -> None:
         lanes.lanes[0].step = step
         lanes.count()
         selected = torch.tensor([[list(ids)]], dtype=torch.int32, device=device)
-        slot, miss = op(selected, lanes, 0)
-        assert int(miss.sum()) == num_missed
-        assert sorted(slot[0, 0].tolist()) == [0, 1, 2, 3, 4]
+        resolved = op(selected, lanes, 0)
+        assert int(resolved.miss_BNK.sum()) == num_missed
+        assert sorted(resolved.slot_BNK[0, 0].tolist()) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.gpu
@@ -131,8 +136,8 @@ def test_kernel_on_many_slots() -> None:
             batch.count()
         selected = random_selection(lanes, [[300, 0, 17, 299], [120, 250, 1, 300]], seed=step)
         got, want = resolve_hot_set_triton(selected, lanes, 0), resolve_hot_set_ref(selected, twins, 0)
-        assert torch.equal(got.slot_BNK, want.slot_BNK)
-        assert torch.equal(got.miss_BNK, want.miss_BNK)
+        for mine, other in zip(got, want, strict=True):
+            assert torch.equal(mine, other)
         for lane, twin in zip(lanes.lanes, twins.lanes, strict=True):
             for table in ("sentence_of_slot", "last_used", "slot_of_sentence"):
                 assert torch.equal(getattr(lane, table)[0], getattr(twin, table)[0])

@@ -174,10 +174,9 @@ def test_the_reference_against_brute_force(group: Group, rounded: bool, device: 
 def test_kernel(num_groups: int, one_block: bool, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged lanes and an empty one; scores in one block, and in several with a last one that is not full."""
     if not one_block:
-        module = importlib.import_module("triton_ops.select_sentences")
-        monkeypatch.setattr(module, "_ONE_BLOCK", 4)
-        monkeypatch.setattr(module, "_BLOCK", 4)
-    lanes = random_batch([[random_lengths(9, 8), [4]], [[2, 7, 1]]], kernel_device, heads=1, slots=5)
+        monkeypatch.setattr(importlib.import_module("triton_ops.select_sentences"), "_MOST_LOGITS", 1)
+    lengths = [[random_lengths(9, 8), [4]], [[2, 7, 1]]] if one_block else [[random_lengths(20, 8), [4]], [[2, 7, 1]]]
+    lanes = random_batch(lengths, kernel_device, heads=1, slots=5)
     for group, room, rounded in (("max", 19, False), ("max", 23, True), ("mean", 19, False)):
         logit = random_logits(lanes, num_groups, seed=room)
         logit = logit.round() if rounded else logit

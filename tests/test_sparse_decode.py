@@ -41,10 +41,10 @@ def random_step(
     q = 2 * random_heads(lanes, heads * group, dim, dtype, seed)
     k, v = (random_heads(lanes, heads, dim, dtype, seed + i) for i in (1, 2))
     scale = dim**-0.5
-    selected = slot = None
+    selected = resolved = None
     if counts is not None:
         selected = random_selection(lanes, counts, seed)
-        slot, _ = fetch(lanes, layer, selected)
+        resolved = fetch(lanes, layer, selected)
     sliding = layer == SLIDING
     outputs, shares = [], []
     for b, lane in enumerate(lanes.lanes):
@@ -75,7 +75,7 @@ def random_step(
         shares.append(share_S)
     output = torch.stack(outputs).view(len(lanes.lanes), heads * group, dim)
     return Step(
-        (q, k, v, lanes, layer, selected, slot),
+        (q, k, v, lanes, layer, selected, resolved),
         {"scale": scale, "softcap": softcap, "sliding": sliding},
         output,
         torch.cat(shares),
@@ -190,15 +190,19 @@ def test_kernel(
 
 
 @pytest.mark.usefixtures("poison")
-def test_kernel_with_few_programs(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several programs for the resident tokens, each with several blocks, merged a few at a time."""
+@pytest.mark.parametrize("programs", [1, 12, 1000])
+def test_kernel_with_any_number_of_programs(
+    programs: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One program for all slots and one for all resident tokens; several blocks each; results merged two at a time."""
     module = importlib.import_module("triton_ops.sparse_decode")
     monkeypatch.setattr(module, "_ROWS", 16)
-    monkeypatch.setattr(module, "_MERGED", 4)
+    monkeypatch.setattr(module, "_PROGRAMS", programs)
+    monkeypatch.setattr(module, "_MERGED_NUMBERS", 64)
 
     def make() -> tuple[Lanes, Step]:
-        lanes = random_batch([[[3] * 9], [[8]]], kernel_device, residents=[203, 16], heads=1, slots=9)
-        return lanes, random_step(lanes, 2, torch.float32, [[9], [1]])
+        lanes = random_batch([[[3] * 19], [[8]]], kernel_device, residents=[203, 16], heads=1, slots=19)
+        return lanes, random_step(lanes, 2, torch.float32, [[18], [1]])
 
     check_kernel(make)
 
