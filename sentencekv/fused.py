@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sentencekv.attention import _NO_MASK_SHAPE, NAME, _attention_as
+from sentencekv.attention import NAME, _attention_as, run_model
 from triton_ops.gated_linear import Activation, gated_linear
 from triton_ops.linear import MAX_ROWS, linear
 from triton_ops.rms_norm import rms_norm_ref
@@ -367,16 +367,9 @@ def _watch(model: PreTrainedModel, layers: Sequence[nn.Module], positions: list[
 
     handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
     try:
-        with _attention_as(model, NAME):
-            model(
-                input_ids=torch.zeros(1, len(positions), dtype=torch.int64, device=model.device),
-                position_ids=torch.tensor([positions], device=model.device),
-                attention_mask=torch.zeros(_NO_MASK_SHAPE, device=model.device),
-                use_cache=False,
-                return_dict=True,
-                logits_to_keep=1,
-                session=_FixedAttention(),
-            )
+        ids = torch.zeros(len(positions), dtype=torch.int64, device=model.device)
+        at = torch.tensor(positions, device=model.device)
+        run_model(model, ids, at, _FixedAttention(), keep=1)  # type: ignore[arg-type]
     finally:
         for handle in handles:
             handle.remove()

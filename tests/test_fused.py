@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sentencekv.attention import _NO_MASK_SHAPE, NAME, _attention_as
+from sentencekv.attention import forward, run_model
 from sentencekv.config import Config
 from sentencekv.fused import FusedLayers
 from sentencekv.policies import load
-from sentencekv.session import Session, SessionBatch
+from sentencekv.session import Session
 from sentencekv.store import HostMemory
 from tests.conftest import COMMON, make_model
 
@@ -69,19 +69,11 @@ class MeanOfPast:
 
 
 @torch.inference_mode()
-def run(model: PreTrainedModel, num_tokens: int, session: Any, positions: Tensor | None = None) -> Tensor:
+def run(model: PreTrainedModel, num_tokens: int, session: Any) -> Tensor:
     generator = torch.Generator().manual_seed(num_tokens)
-    ids = torch.randint(0, COMMON["vocab_size"], (1, num_tokens), generator=generator)
-    if positions is None:
-        positions = torch.randint(0, 4000, (1, num_tokens), generator=generator)
-    with _attention_as(model, NAME):
-        return model(
-            input_ids=ids.to(model.device),
-            position_ids=positions.to(model.device),
-            attention_mask=torch.zeros(_NO_MASK_SHAPE, device=model.device),
-            use_cache=False,
-            session=session,
-        ).logits[0]
+    ids = torch.randint(0, COMMON["vocab_size"], (num_tokens,), generator=generator)
+    positions = torch.randint(0, 4000, (num_tokens,), generator=generator)
+    return run_model(model, ids.to(model.device), positions.to(model.device), session)
 
 
 def compare(model: PreTrainedModel, fused: FusedLayers) -> None:
@@ -242,13 +234,8 @@ def test_with_sessions(device: torch.device) -> None:
 
     def steps() -> Tensor:
         sessions = [Session(config, load("moments"), memory, device) for _ in range(2)]
-        for session in sessions:
-            session.begin(5, exact=True)
-        run(model, 10, SessionBatch(sessions, [5, 5]), torch.arange(5).repeat(2)[None])
-        for session in sessions:
-            session.end()
-            session.begin(1, exact=False)
-        return run(model, 2, SessionBatch(sessions, [1, 1]), torch.tensor([[5, 5]]))
+        forward(model, [[1, 2, 3, 4, 5], [6, 7, 8]], sessions, exact=True)
+        return torch.cat([forward(model, [[token], [token + 1]], sessions, exact=False) for token in range(4)])
 
     want = steps()
     with fused.active():

@@ -113,7 +113,7 @@ def zeros_for(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """A tuple of float32 blocks, one for each row of x."""
     blocks = ()
     for _ in tl.static_range(ROWS):
-        blocks += (tl.zeros(SHAPE, tl.float32),)
+        blocks += (tl.zeros(SHAPE, tl.float32),)  # type: ignore[assignment]
     return blocks
 
 
@@ -126,8 +126,8 @@ def load_rows(
     added = ()
     for row in tl.static_range(ROWS):
         x, square = load_row(x_ptr + row * x_stride, norm_ptr, i, num_in, offset, squares[row], NORM, WHOLE)
-        x_rows += (x,)
-        added += (square,)
+        x_rows += (x,)  # type: ignore[assignment]
+        added += (square,)  # type: ignore[assignment]
     return x_rows, added
 
 
@@ -137,7 +137,7 @@ def multiply_rows(totals, w, x_rows, ROWS: tl.constexpr):
     w = w.to(tl.float32)
     added = ()
     for row in tl.static_range(ROWS):
-        added += (totals[row] + w * x_rows[row][None, :],)
+        added += (totals[row] + w * x_rows[row][None, :],)  # type: ignore[assignment]
     return added
 
 
