@@ -1,8 +1,10 @@
-"""A model's own layers in five kernels each, for the few rows of a decoding step.
+"""A model's own layers in five kernels each besides attention, for the few rows of a decoding step.
 
 Layers of the Llama pattern are found by their parts, not by their names, and each is taken only if it computes, on
 random hidden states, what the layer's own forward computes; all others are left as they are. Nothing is copied, and
 the model is changed only inside `FusedLayers.active`, where those layers have a `forward` of their own.
+
+With more than two rows, the two norms are kernels of their own: seven.
 
 Knows layers and the keywords that models hand them. Knows nothing of what `session.attend` does.
 """
@@ -213,10 +215,11 @@ class _FusedLayer:
 
 
 class FusedLayers:
-    """Those layers of a loaded model that can run in five kernels, and a context in which they do.
+    """Those layers of a loaded model that can run in a few kernels, and a context in which they do.
 
     Args:
-        model: in evaluation mode, and supported by `attention.check_supported`. Runs two short passes here.
+        model: in evaluation mode, and supported by `attention.check_supported`. Runs two short passes here, and each layer
+            a few times.
         force: also on a CPU and in float32, through the ops' references: for tests. Otherwise layers are fused where
             their weights are 16-bit on a GPU.
     """
@@ -249,7 +252,7 @@ class FusedLayers:
 
     @property
     def num_fused(self) -> int:
-        """Layers that run in five kernels."""
+        """Layers that run in a few kernels."""
         return len(self._fused)
 
     @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """A linear layer on the few rows of a decoding step, with the normalisation before it and the residual after it.
 
 What takes the time is reading the weights, once. All else hides behind that: programs start on their weights before the
-kernel in front has ended, and each one gathers the sum of squares of the rows while it multiplies, so that the
-normalisation needs neither a kernel nor a pass of its own:
+kernel in front has ended, and with one or two rows each one gathers the sum of squares of the rows while it multiplies,
+so that the normalisation needs neither a kernel nor a pass of its own:
 
     y = (x * weight_norm) @ weight.T / rms(x)
 """
