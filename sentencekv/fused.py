@@ -218,8 +218,8 @@ class FusedLayers:
     """Those layers of a loaded model that can run in a few kernels, and a context in which they do.
 
     Args:
-        model: in evaluation mode, and supported by `attention.check_supported`. Runs two short passes here, and each layer
-            a few times.
+        model: in evaluation mode, and supported by `attention.check_supported`. Runs two short passes here, and
+            each layer a few times.
         force: also on a CPU and in float32, through the ops' references: for tests. Otherwise layers are fused where
             their weights are 16-bit on a GPU.
     """

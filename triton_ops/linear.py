@@ -20,8 +20,6 @@ from triton_ops.rms_norm import launch_options, rms_norm, rms_norm_ref, starts_e
 
 MAX_ROWS = 32
 """Rows of x that the kernels take."""
-
-
 FEW_ROWS = 2
 """Up to this many, products are summed without the matrix units, and the norm is part of the same kernel."""
 
