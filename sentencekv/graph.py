@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sentencekv.attention import forward, run_model
 from sentencekv.batch import LaneBatch
+from sentencekv.fused import FusedLayers
 from sentencekv.policies import Policy
 from sentencekv.session import Session
 
@@ -48,7 +50,8 @@ class Stepper:
         self._model = model
         self._policy = policy
         self._recording_of: dict[int, _Recording] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
+        self._fused: FusedLayers | None = None
         self.num_recorded = 0
         """Graphs recorded so far, those recorded again included."""
         self.records = model.device.type == "cuda" and policy.reads != "everything"
@@ -85,7 +88,10 @@ class Stepper:
         return logits_BV[: len(sessions)]
 
     def _run(self, recording: _Recording) -> Tensor:
-        return run_model(self._model, recording.ids_B, recording.position_B, recording.batch)
+        if self._fused is None:
+            self._fused = FusedLayers(self._model)
+        with self._fused.active():
+            return run_model(self._model, recording.ids_B, recording.position_B, recording.batch)
 
     def _record(self, recording: _Recording) -> None:
         """Record the pass over lanes that hold nothing, so that running it for warm-up leaves no trace."""

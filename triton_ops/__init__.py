@@ -17,7 +17,7 @@ from triton_ops.lanes import Lane, Lanes, Part
 from triton_ops.offload_kv import offload_kv
 from triton_ops.resolve_hot_set import Resolved, resolve_hot_set
 from triton_ops.score_codes import score_codes
-from triton_ops.score_sentences import score_sentences
+from triton_ops.score_sentences import Scores, score_sentences
 from triton_ops.select_sentences import select_sentences
 from triton_ops.sparse_decode import sparse_decode
 from triton_ops.summarize import summarize
@@ -27,6 +27,7 @@ __all__ = [
     "Lanes",
     "Part",
     "Resolved",
+    "Scores",
     "encode_keys",
     "gather_kv",
     "offload_kv",

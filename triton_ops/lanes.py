@@ -121,8 +121,9 @@ class Lane:
 
     def counts(self) -> list[int]:
         """This lane's row of `Lanes.count_of`."""
-        some = next((kv for kv in self.hot_kv), None)
-        resident_rows = self.resident_kv[some].shape[1] if some is not None else 0
+        some = next(iter(self.hot_kv), None)
+        # With no hot set at all, the first layer is one that is not a ring, if any is.
+        resident_rows = self.resident_kv[next(iter(self.resident_kv)) if some is None else some].shape[1]
         sentence_rows = self.slot_of_sentence[some].shape[1] if some is not None else 0
         return [
             self.num_resident,
@@ -194,8 +195,14 @@ class Lanes:
         self._count_on_host = torch.zeros((num_lanes, COUNT_FIELDS.value), dtype=torch.int32, pin_memory=pinned)
         self.address_of = self._address_on_host.to(device)
         self.count_of = self._count_on_host.to(device)
-        self.arrived = torch.zeros(num_lanes * num_kv_heads, dtype=torch.int32, device=device)
-        """Scratch of kernels whose programs count themselves; zero between launches."""
+        self._scratch_of: dict[str, Tensor] = {}
+
+    def scratch(self, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory of an op's kernels, zero at first; a kernel leaves it zero, so that no launch has to clear it."""
+        if op not in self._scratch_of:
+            self._scratch_of[op] = torch.zeros(shape, dtype=dtype, device=self.device)
+        assert self._scratch_of[op].shape == shape
+        return self._scratch_of[op]
 
     def address_rows(self, layer: int) -> Tensor:
         """int64 `[lanes, columns]`: the rows of one layer."""

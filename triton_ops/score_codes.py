@@ -6,12 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_ops.lanes import NUM_PARTS, PARTS, PLACE, PLACE_FIRST, PLACE_LENGTH, Lanes, element_type
+from triton_ops.score_sentences import Scores, scores_of, store_extents
 
 _PROGRAMS = 4224
 """Programs of one warp to aim at: 32 for each multiprocessor of a large GPU."""
 
 
-def decode_keys_ref(code_TNW: Tensor, box_TN2H: Tensor, *, bits: int) -> Tensor:
+def decode_keys_ref(code_TNW: Tensor, box_TN2H: Tensor, *, bits: int) -> Scores:
     """Keys `[T, N, H]` float32 at the centres of their cells; `box_TN2H` is each token's sentence's box."""
     head_dim = box_TN2H.shape[-1]
     parts = [(code_TNW >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
@@ -45,10 +46,10 @@ def _score_part_ref(
     return (torch.logsumexp(logit_SNMG, dim=2) + base_SNG).permute(1, 2, 0)
 
 
-def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Tensor:
-    """Logits `[B, N, G, S]` float32: log of the sum over a sentence's tokens of exp(scale * q . decoded key).
+def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Scores:
+    """Scores with the logits log of the sum over a sentence's tokens of exp(scale * q . decoded key).
 
-    S is the capacity of the lanes; columns of sentences that a lane does not have are -inf.
+    Columns of sentences that a lane does not have are -inf.
 
     Args:
         q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
@@ -68,7 +69,7 @@ def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bi
             logit[b, :, :, sentences] = _score_part_ref(
                 q_NGH, box_SN2H[: part.count], code_TNW, length_S, scale, bits, lanes.slot_tokens
             )
-    return logit
+    return scores_of(logit, lanes)
 
 
 @triton.jit
@@ -96,6 +97,7 @@ def _score_codes_kernel(
     address_ptr,
     count_ptr,
     logit_ptr,
+    extent_ptr,
     scale,
     capacity,
     q_stride_b,
@@ -125,6 +127,8 @@ def _score_codes_kernel(
     g = tl.arange(0, GROUP_BLOCK)
     w = tl.arange(0, WIDTH_BLOCK)
     token = tl.arange(0, LONGEST)
+    top = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_BLOCK,), tl.float32)
     # The queries' runs of dimensions, one for each field of a byte; those past the last field are never used.
     FIELDS: tl.constexpr = 8 // BITS
     x0 = _query_run(q_ptr, q_stride_a, 0, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
@@ -175,9 +179,13 @@ def _score_codes_kernel(
             highest = tl.max(logit, axis=0)
             mass = tl.log(tl.sum(tl.exp(logit - highest[None, :]), axis=0)) + highest + tl.sum(base, axis=1)
             tl.store(logit_ptr + g * capacity + first + s, mass, mask=g < GROUP)
+            now = tl.maximum(top, mass)
+            total = total * tl.exp(top - now) + tl.exp(mass - now)
+            top = now
+    store_extents(extent_ptr, top, total, (b * NUM_KV_HEADS + n).to(tl.int64), GROUP, GROUP_BLOCK)
 
 
-def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Tensor:
+def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Scores:
     """Logits of sentences from coded keys, by one kernel; columns past a lane's sentences hold anything."""
     num_kv_heads = lanes.num_kv_heads
     batch, num_heads, head_dim = q_BAH.shape
@@ -187,11 +195,13 @@ def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float,
     address_rows = lanes.address_rows(layer)
     width = triton.cdiv(head_dim, 8 // bits)
     programs = min(lanes.capacity, max(1, _PROGRAMS // (num_kv_heads * batch)))
+    extent = torch.empty((*logit.shape[:3], programs, 2), dtype=torch.float32, device=q_BAH.device)
     _score_codes_kernel[(programs, num_kv_heads, batch)](
         q_BAH,
         address_rows,
         lanes.count_of,
         logit,
+        extent,
         scale,
         lanes.capacity,
         q_BAH.stride(0),
@@ -200,7 +210,7 @@ def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float,
         lanes.count_of.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
+        GROUP_BLOCK=max(8, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         BITS=bits,
         WIDTH=width,
@@ -209,10 +219,10 @@ def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float,
         DTYPE=element_type(q_BAH.dtype),
         num_warps=1,
     )
-    return logit
+    return Scores(logit, extent)
 
 
-def score_codes(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Tensor:
+def score_codes(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Scores:
     """Logits of sentences from coded keys; see `score_codes_ref`."""
     op = score_codes_triton if q_BAH.is_cuda else score_codes_ref
     return op(q_BAH, lanes, layer, scale=scale, bits=bits)

@@ -1,15 +1,37 @@
 """Queries against sentence summaries: how much each query head wants each sentence."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.lanes import NUM_PARTS, PARTS, PLACE, PLACE_LENGTH, Lanes, element_type
+from triton_ops.lanes import NUM_PARTS, NUM_SENTENCES, PARTS, PLACE, PLACE_LENGTH, Lanes, element_type
 
 Spread = Literal["square", "abs"]
+
+
+class Scores(NamedTuple):
+    """How much each query head wants each sentence, as a log of mass, up to a constant of the head.
+
+    `logit_BNGS`: float32, S the capacity of the lanes. `extent_BNGX2`: float32, for each of X shares of a lane's
+    sentences, the highest logit and the sum of `exp(logit - highest)`: together the normalisers of a softmax.
+    """
+
+    logit_BNGS: Tensor
+    extent_BNGX2: Tensor
+
+
+def scores_of(logit_BNGS: Tensor, lanes: Lanes) -> Scores:
+    """Scores from logits alone."""
+    masked = logit_BNGS.masked_fill(
+        torch.arange(lanes.capacity, device=logit_BNGS.device) >= lanes.count_of[:, NUM_SENTENCES.value, None, None, None],
+        -torch.inf,
+    )
+    top = masked.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    return Scores(logit_BNGS, torch.stack([top, (masked - top).exp().sum(-1, keepdim=True)], dim=-1))
+
 
 _BLOCK = 16
 """Sentences that a program scores at a time."""
@@ -19,10 +41,10 @@ _PROGRAMS = 1056
 
 def score_sentences_ref(
     q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, spread: Spread | None, log_length: bool
-) -> Tensor:
-    """Logits `[B, N, G, S]` float32: `x . plane0 + f(x) . plane1 + log(tokens)`, with `x = scale * q`.
+) -> Scores:
+    """Scores with the logits `x . plane0 + f(x) . plane1 + log(tokens)`, with `x = scale * q`.
 
-    S is the capacity of the lanes; columns of sentences that a lane does not have are -inf.
+    Columns of sentences that a lane does not have are -inf.
 
     Args:
         q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
@@ -46,7 +68,16 @@ def score_sentences_ref(
             if log_length:
                 part_NGS += lane.place_S4[sentences, 0].float().log()
             logit[b, :, :, sentences] = part_NGS
-    return logit
+    return scores_of(logit, lanes)
+
+
+@triton.jit
+def store_extents(extent_ptr, top, total, head, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr):
+    """This program's share of `Scores.extent_BNGX2`; it is the program's number along the first axis."""
+    g = tl.arange(0, GROUP_BLOCK)
+    extent_ptr += ((head * GROUP + g) * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(extent_ptr, top, mask=g < GROUP)
+    tl.store(extent_ptr + 1, total, mask=g < GROUP)
 
 
 @triton.jit
@@ -55,6 +86,7 @@ def _score_sentences_kernel(
     address_ptr,
     count_ptr,
     logit_ptr,
+    extent_ptr,
     scale,
     capacity,
     q_stride_b,
@@ -63,6 +95,7 @@ def _score_sentences_kernel(
     num_count,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     NUM_PLANES: tl.constexpr,
@@ -79,6 +112,9 @@ def _score_sentences_kernel(
     logit_ptr += (b * NUM_KV_HEADS + n).to(tl.int64) * GROUP * capacity
     h = tl.arange(0, HEAD_BLOCK)
     in_head = h < HEAD_DIM
+    g_of = tl.arange(0, GROUP_BLOCK)
+    top = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_BLOCK,), tl.float32)
     num_parts = tl.load(count_ptr + NUM_PARTS)
     for part in range(num_parts):
         first = tl.load(address_ptr + PARTS + 4 * part)
@@ -96,6 +132,8 @@ def _score_sentences_kernel(
             if LOG_LENGTH:
                 tokens = tl.load(place_ptr + (first + s) * 4 + PLACE_LENGTH, mask=there, other=1)
                 bias = tl.log(tokens.to(tl.float32))
+            top_here = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
+            total_here = tl.zeros((GROUP_BLOCK,), tl.float32)
             for g in tl.static_range(GROUP):
                 x = tl.load(q_ptr + g * q_stride_a + h, mask=in_head, other=0.0).to(tl.float32) * scale
                 product = plane0 * x[None, :]
@@ -103,11 +141,19 @@ def _score_sentences_kernel(
                     product += plane1 * (x * x if SQUARE else tl.abs(x))[None, :]
                 logit = tl.sum(product, axis=1) + bias
                 tl.store(logit_ptr + g * capacity + first + s, logit, mask=there)
+                logit = tl.where(there, logit, float("-inf"))
+                top_g = tl.max(logit, axis=0)
+                top_here = tl.where(g_of == g, top_g, top_here)
+                total_here = tl.where(g_of == g, tl.sum(tl.exp(logit - top_g), axis=0), total_here)
+            now = tl.maximum(top, top_here)
+            total = total * tl.exp(top - now) + total_here * tl.exp(top_here - now)
+            top = now
+    store_extents(extent_ptr, top, total, (b * NUM_KV_HEADS + n).to(tl.int64), GROUP, GROUP_BLOCK)
 
 
 def score_sentences_triton(
     q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, spread: Spread | None, log_length: bool
-) -> Tensor:
+) -> Scores:
     """Logits of sentences from their summaries, by one kernel; columns past a lane's sentences hold anything."""
     num_kv_heads = lanes.num_kv_heads
     batch, num_heads, head_dim = q_BAH.shape
@@ -117,11 +163,13 @@ def score_sentences_triton(
     )
     address_rows = lanes.address_rows(layer)
     programs = min(triton.cdiv(lanes.capacity, _BLOCK), max(1, _PROGRAMS // (num_kv_heads * batch)))
+    extent = torch.empty((*logit.shape[:3], programs, 2), dtype=torch.float32, device=q_BAH.device)
     _score_sentences_kernel[(programs, num_kv_heads, batch)](
         q_BAH,
         address_rows,
         lanes.count_of,
         logit,
+        extent,
         scale,
         lanes.capacity,
         q_BAH.stride(0),
@@ -130,6 +178,7 @@ def score_sentences_triton(
         lanes.count_of.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
+        GROUP_BLOCK=triton.next_power_of_2(num_heads // num_kv_heads),
         HEAD_DIM=head_dim,
         HEAD_BLOCK=triton.next_power_of_2(head_dim),
         NUM_PLANES=1 if spread is None else 2,
@@ -139,12 +188,12 @@ def score_sentences_triton(
         DTYPE=element_type(q_BAH.dtype),
         num_warps=4,
     )
-    return logit
+    return Scores(logit, extent)
 
 
 def score_sentences(
     q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, spread: Spread | None, log_length: bool
-) -> Tensor:
+) -> Scores:
     """Logits of sentences from their summaries; see `score_sentences_ref`."""
     op = score_sentences_triton if q_BAH.is_cuda else score_sentences_ref
     return op(q_BAH, lanes, layer, scale=scale, spread=spread, log_length=log_length)

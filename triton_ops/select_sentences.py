@@ -8,11 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_ops.lanes import MAX_SELECTED, NUM_SENTENCES, PLACE, PLACE_LENGTH, Lanes
+from triton_ops.score_sentences import Scores
 
 Group = Literal["max", "mean"]
 
-_MOST_LOGITS = 32768
-"""Logits of a group that a program keeps in registers; beyond, it goes over them in blocks of so many."""
+_RANKED = 256
+"""Sentences that one program ranks."""
+_MOST_KEYS = 8192
+"""Keys that the program which cuts the ranking keeps in registers; beyond, it goes over them in blocks of so many."""
+_BINS = 2048
+_BINS_PER_NAT = 32
+"""Of the histogram of scores, which are logs of shares: bins as wide as a 32nd, down to a share of exp(-64)."""
 
 
 def group_scores(logit_NGS: Tensor, *, group: Group) -> Tensor:
@@ -37,14 +43,15 @@ def best_that_fit(score_NS: Tensor, length_S: Tensor, *, room_tokens: int, max_s
     return torch.zeros_like(fits).scatter_(1, rank, fits)
 
 
-def select_sentences_ref(logit_BNGS: Tensor, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
+def select_sentences_ref(scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
     """Ids of the chosen sentences, int32 `[B, N, K]`, rising, padded with -1; see `best_that_fit`.
 
     K is the lanes' `most_selected`; no lane selects more than its own `max_selected`.
 
     Args:
-        logit_BNGS: float32, no NaN; columns that are no sentence of a lane are not looked at.
+        scores: logits without NaN; columns that are no sentence of a lane are not looked at.
     """
+    logit_BNGS = scores.logit_BNGS
     batch, num_kv_heads = logit_BNGS.shape[:2]
     selected = torch.full((batch, num_kv_heads, lanes.most_selected), -1, dtype=torch.int32, device=logit_BNGS.device)
     for b, lane in enumerate(lanes.lanes):
@@ -70,28 +77,71 @@ def _sum_sixes(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
 
 
 @triton.jit
-def _load_logits(logit_ptr, capacity, s, num_sentences, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr):
-    """Logits `[GROUP_BLOCK, BLOCK]`, -inf where there is no sentence or head."""
-    g = tl.arange(0, GROUP_BLOCK)
-    there = (g < GROUP)[:, None] & (s < num_sentences)[None, :]
-    return tl.load(logit_ptr + g[:, None] * capacity + s[None, :], mask=there, other=float("-inf"))
+def _ordered(score):
+    """Integers in the order of the numbers; 0.0 and -0.0 are one."""
+    bits = (score + 0.0).to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _score_key(logit, norm, s, num_sentences, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """Integers in the order of the group's scores; the smallest for what is no sentence or has score -inf."""
-    in_group = (tl.arange(0, GROUP_BLOCK) < GROUP)[:, None]
-    share = tl.where(in_group, logit - norm[:, None], float("-inf"))
-    if MAX:
-        score = tl.max(share, axis=0)
-        nothing = score == float("-inf")
-    else:
-        score = tl.sum(tl.exp(share), axis=0)
-        nothing = score == 0.0
-    # -0.0 and 0.0 are one score.
-    bits = (score + 0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where((s < num_sentences) & (nothing == 0), key, -0x80000000)
+def _rank_sentences_kernel(
+    logit_ptr,
+    extent_ptr,
+    key_ptr,
+    histogram_ptr,
+    address_ptr,
+    count_ptr,
+    capacity,
+    num_extents,
+    num_address,
+    num_count,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    EXTENT_BLOCK: tl.constexpr,
+    MAX: tl.constexpr,
+    BINS: tl.constexpr,
+    BINS_PER_NAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The group's score of each sentence as a key, and a histogram of scores: tokens and sentences in each bin."""
+    block, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
+    if block * BLOCK < num_sentences:
+        head = (b * NUM_KV_HEADS + n).to(tl.int64)
+        place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
+        place_ptr = tl.multiple_of(place_ptr, 16)
+        g = tl.arange(0, GROUP_BLOCK)
+        in_group = g < GROUP
+        x = tl.arange(0, EXTENT_BLOCK)
+        pair_ptr = extent_ptr + (head * GROUP + g)[:, None] * (2 * num_extents) + 2 * x[None, :]
+        there = in_group[:, None] & (x < num_extents)[None, :]
+        top_GX = tl.load(pair_ptr, mask=there, other=float("-inf"))
+        sum_GX = tl.load(pair_ptr + 1, mask=there, other=0.0)
+        top = tl.max(top_GX, axis=1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        norm = top + tl.log(tl.maximum(tl.sum(sum_GX * tl.exp(top_GX - top[:, None]), axis=1), 1e-38))
+        s = block * BLOCK + tl.arange(0, BLOCK)
+        known = s < num_sentences
+        logit = tl.load(
+            logit_ptr + (head * GROUP + g)[:, None] * capacity + s[None, :],
+            mask=in_group[:, None] & known[None, :],
+            other=float("-inf"),
+        )
+        share = tl.where(in_group[:, None], logit - norm[:, None], float("-inf"))
+        if MAX:
+            score = tl.max(share, axis=0)
+        else:
+            mean = tl.sum(tl.exp(share), axis=0) / GROUP
+            score = tl.where(mean > 0, tl.log(tl.maximum(mean, 1e-38)), float("-inf"))
+        eligible = known & (score > float("-inf"))
+        tl.store(key_ptr + head * capacity + s, tl.where(eligible, _ordered(score), -0x80000000), mask=known)
+        length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=eligible, other=0)
+        bin = tl.minimum(tl.maximum(score, -1e6) * -BINS_PER_NAT, BINS - 1.0).to(tl.int32)
+        bin = tl.maximum(bin, 0)
+        tl.atomic_add(
+            histogram_ptr + head * BINS + bin, (length.to(tl.int64) << 32) | 1, mask=eligible, sem="relaxed"
+        )
 
 
 @triton.jit
@@ -148,60 +198,57 @@ def _middle(low, high):
 
 
 @triton.jit
-def select_for_head(
-    logit_ptr,
+def _select_sentences_kernel(
     key_ptr,
-    place_ptr,
+    histogram_ptr,
+    address_ptr,
+    count_ptr,
     selected_ptr,
     capacity,
-    num_sentences,
     room_tokens,
-    max_selected,
     most_selected,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    MAX: tl.constexpr,
+    num_address,
+    num_count,
+    NUM_KV_HEADS: tl.constexpr,
+    BINS: tl.constexpr,
+    BINS_PER_NAT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
 ):
-    """One KV head's selection, by quartering an interval of scores until it holds just the first sentence too many.
-
-    `key_ptr`: scratch for the keys, used when they do not fit one block.
-    """
+    """One KV head's selection: the histogram gives a narrow interval of keys, which is quartered until it holds just the
+    first sentence too many. Leaves the histogram empty."""
+    n, b = tl.program_id(0), tl.program_id(1)
+    head = (b * NUM_KV_HEADS + n).to(tl.int64)
+    key_ptr += head * capacity
+    histogram_ptr += head * BINS
+    selected_ptr += head * most_selected
+    place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
+    place_ptr = tl.multiple_of(place_ptr, 16)
+    num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
+    max_selected = tl.load(count_ptr + b * num_count + MAX_SELECTED)
     s = tl.arange(0, BLOCK)
-    logit = _load_logits(logit_ptr, capacity, s, num_sentences, GROUP, GROUP_BLOCK)
+    key0 = tl.load(key_ptr + s, mask=s < num_sentences, other=-0x80000000)
     length0 = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=s < num_sentences, other=0)
-    top = tl.max(logit, axis=1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(logit - top[:, None]), axis=1)
-    if not ONE_BLOCK:
-        for start in range(BLOCK, num_sentences, BLOCK):
-            more = _load_logits(logit_ptr, capacity, start + s, num_sentences, GROUP, GROUP_BLOCK)
-            now = tl.maximum(top, tl.max(more, axis=1))
-            total = total * tl.exp(top - now) + tl.sum(tl.exp(more - now[:, None]), axis=1)
-            top = now
-    norm = top + tl.log(tl.maximum(total, 1e-38))
-    key0 = _score_key(logit, norm, s, num_sentences, GROUP, GROUP_BLOCK, MAX)
-    highest = tl.max(key0, axis=0)
-    if not ONE_BLOCK:
-        tl.store(key_ptr + s, key0, mask=s < num_sentences)
-        for start in range(BLOCK, num_sentences, BLOCK):
-            more = _load_logits(logit_ptr, capacity, start + s, num_sentences, GROUP, GROUP_BLOCK)
-            key = _score_key(more, norm, start + s, num_sentences, GROUP, GROUP_BLOCK, MAX)
-            tl.store(key_ptr + start + s, key, mask=start + s < num_sentences)
-            highest = tl.maximum(highest, tl.max(key, axis=0))
-        tl.debug_barrier()
 
+    bin = tl.arange(0, BINS)
+    in_bin = tl.load(histogram_ptr + bin)
+    tl.store(histogram_ptr + bin, tl.zeros((BINS,), tl.int64))
+    up_to = tl.cumsum(in_bin, axis=0)
+    bin_fits = ((up_to >> 32) <= room_tokens) & ((up_to & 0xFFFFFFFF) <= max_selected)
+    last = tl.sum(bin_fits.to(tl.int32), axis=0)
     # Keys from `high` on fit; those from `low` on do not, unless all do. In between, nothing is known yet.
+    above = tl.sum(tl.where(bin < last, in_bin, 0), axis=0)
+    high_tokens = (above >> 32).to(tl.int32)
+    high_count = (above & 0xFFFFFFFF).to(tl.int32)
+    low_count = high_count + (tl.sum(tl.where(bin == last, in_bin, 0), axis=0) & 0xFFFFFFFF).to(tl.int32)
     low = tl.full((), -0x7FFFFFFF, tl.int32)
-    high = highest + 1
-    low_tokens, low_count = _measure(key_ptr, place_ptr, low, num_sentences, key0, length0, ONE_BLOCK, BLOCK)
-    high_tokens = tl.zeros((), tl.int32)
-    high_count = tl.zeros((), tl.int32)
-    if (low_tokens <= room_tokens) & (low_count <= max_selected):
-        # Everything fits: an empty interval.
-        high, high_tokens, high_count = low, low_tokens, low_count
+    high = low
+    if last < BINS:
+        edge = last.to(tl.float32) / -BINS_PER_NAT
+        high = tl.where(last == 0, 0x7FFFFFFF, _ordered(edge) + 1)
+        if last < BINS - 1:
+            low = _ordered(edge - 1.0 / BINS_PER_NAT) + 1
     t2 = _middle(low, high)
     while (t2 != low) & (low_count - high_count > 1):
         t1, t3 = _middle(low, t2), _middle(t2, high)
@@ -248,68 +295,43 @@ def select_for_head(
     tl.store(selected_ptr + k, -1, mask=(k >= num_taken) & (k < most_selected))
 
 
-@triton.jit
-def _select_sentences_kernel(
-    logit_ptr,
-    key_ptr,
-    address_ptr,
-    count_ptr,
-    selected_ptr,
-    capacity,
-    room_tokens,
-    most_selected,
-    num_address,
-    num_count,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    MAX: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SELECTED_BLOCK: tl.constexpr,
-):
-    n, b = tl.program_id(0), tl.program_id(1)
-    place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
-    place_ptr = tl.multiple_of(place_ptr, 16)
-    head = (b * NUM_KV_HEADS + n).to(tl.int64)
-    select_for_head(
-        logit_ptr + head * GROUP * capacity,
-        key_ptr + head * capacity,
-        place_ptr,
-        selected_ptr + head * most_selected,
-        capacity,
-        tl.load(count_ptr + b * num_count + NUM_SENTENCES),
-        room_tokens,
-        tl.load(count_ptr + b * num_count + MAX_SELECTED),
-        most_selected,
-        GROUP,
-        GROUP_BLOCK,
-        MAX,
-        ONE_BLOCK,
-        BLOCK,
-        SELECTED_BLOCK,
-    )
-
-
-def _blocks(capacity: int, group_block: int) -> tuple[bool, int, int]:
-    """Whether all scores fit one block, the block's size, and the warps that share it."""
-    block = min(triton.next_power_of_2(capacity), max(16, _MOST_LOGITS // group_block))
-    return capacity <= block, block, min(32, max(4, block * group_block // 1024))
-
-
-def select_sentences_triton(logit_BNGS: Tensor, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
-    """Ids of the chosen sentences, by one program for each KV head and lane."""
+def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
+    """Ids of the chosen sentences, by two kernels: one ranks them, in many programs, one cuts the ranking."""
+    logit_BNGS, extent_BNGX2 = scores
     batch, num_kv_heads, num_groups, capacity = logit_BNGS.shape
     assert logit_BNGS.is_contiguous()
+    assert extent_BNGX2.is_contiguous()
     device = logit_BNGS.device
     selected = torch.empty((batch, num_kv_heads, lanes.most_selected), dtype=torch.int32, device=device)
-    group_block = triton.next_power_of_2(num_groups)
-    one_block, block, num_warps = _blocks(capacity, group_block)
-    key = torch.empty((1 if one_block else batch * num_kv_heads * capacity,), dtype=torch.int32, device=device)
+    key = torch.empty((batch, num_kv_heads, capacity), dtype=torch.int32, device=device)
+    histogram = lanes.scratch("select_sentences", (lanes.num_lanes, num_kv_heads, _BINS), torch.int64)
     address_rows = lanes.address_of[0]
-    _select_sentences_kernel[(num_kv_heads, batch)](
+    num_extents = extent_BNGX2.shape[3]
+    _rank_sentences_kernel[(triton.cdiv(capacity, _RANKED), num_kv_heads, batch)](
         logit_BNGS,
+        extent_BNGX2,
         key,
+        histogram,
+        address_rows,
+        lanes.count_of,
+        capacity,
+        num_extents,
+        address_rows.stride(0),
+        lanes.count_of.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=num_groups,
+        GROUP_BLOCK=triton.next_power_of_2(num_groups),
+        EXTENT_BLOCK=triton.next_power_of_2(num_extents),
+        MAX=group == "max",
+        BINS=_BINS,
+        BINS_PER_NAT=_BINS_PER_NAT,
+        BLOCK=_RANKED,
+        num_warps=4,
+    )
+    block = min(triton.next_power_of_2(capacity), _MOST_KEYS)
+    _select_sentences_kernel[(num_kv_heads, batch)](
+        key,
+        histogram,
         address_rows,
         lanes.count_of,
         selected,
@@ -319,18 +341,17 @@ def select_sentences_triton(logit_BNGS: Tensor, lanes: Lanes, *, group: Group, r
         address_rows.stride(0),
         lanes.count_of.stride(0),
         NUM_KV_HEADS=num_kv_heads,
-        GROUP=num_groups,
-        GROUP_BLOCK=group_block,
-        MAX=group == "max",
-        ONE_BLOCK=one_block,
+        BINS=_BINS,
+        BINS_PER_NAT=_BINS_PER_NAT,
+        ONE_BLOCK=capacity <= block,
         BLOCK=block,
         SELECTED_BLOCK=triton.next_power_of_2(lanes.most_selected),
-        num_warps=num_warps,
+        num_warps=min(32, max(4, block // 512)),
     )
     return selected
 
 
-def select_sentences(logit_BNGS: Tensor, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
+def select_sentences(scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
     """The best sentences within a token budget; see `select_sentences_ref`."""
-    op = select_sentences_triton if logit_BNGS.is_cuda else select_sentences_ref
-    return op(logit_BNGS, lanes, group=group, room_tokens=room_tokens)
+    op = select_sentences_triton if scores.logit_BNGS.is_cuda else select_sentences_ref
+    return op(scores, lanes, group=group, room_tokens=room_tokens)

@@ -24,8 +24,8 @@ _ROWS = 64
 """Resident tokens that one program reads at a time."""
 _PROGRAMS = 264
 """Programs to aim at: two for each multiprocessor of a large GPU. More would leave more partial results to merge."""
-_MERGED_NUMBERS = 16384
-"""Numbers that the merging program holds at a time."""
+_MERGED_NUMBERS = 4096
+"""Numbers that the merging program adds up at a time."""
 
 
 def sparse_decode_ref(
@@ -145,8 +145,10 @@ def _sparse_decode_kernel(
     ROWS: tl.constexpr,
     SLOT_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
     MERGED: tl.constexpr,
     MERGED_GROUP: tl.constexpr,
+    MERGED_COLUMNS: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     RING: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -245,37 +247,31 @@ def _sparse_decode_kernel(
     arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
     if arrived == SPLITS - 1:
         tl.store(arrived_ptr + head, 0)
+        # First the factor of each partial result, left in memory, then their sum.
         m = tl.arange(0, MERGED_GROUP)
         in_merged = m < GROUP
-        top = tl.full((MERGED_GROUP,), float("-inf"), tl.float32)
-        sum_of = tl.zeros((MERGED_GROUP,), tl.float32)
-        merged = tl.zeros((MERGED_GROUP, HEAD_BLOCK), tl.float32)
+        p = tl.arange(0, SPLIT_BLOCK)
+        entry_PG = extent_ptr + (p[:, None] * GROUP + m[None, :]) * 2
+        there = (p < SPLITS)[:, None] & in_merged[None, :]
+        top_PG = tl.load(entry_PG, mask=there, other=float("-inf"))
+        sum_PG = tl.load(entry_PG + 1, mask=there, other=0.0)
+        top = tl.max(top_PG, axis=0)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weight_PG = tl.exp(top_PG - top[None, :])
+        sum_of = tl.sum(weight_PG * sum_PG, axis=0)
+        # A lane without a sequence has nothing to attend to: its sums are 0.
+        tl.store(entry_PG, weight_PG / tl.maximum(sum_of, 1e-38)[None, :], mask=there)
+        tl.debug_barrier()
+        c = tl.arange(0, MERGED_COLUMNS)
+        in_columns = c < GROUP * HEAD_DIM
+        merged = tl.zeros((MERGED_COLUMNS,), tl.float32)
         for first in tl.static_range(0, SPLITS, MERGED):
             p = first + tl.arange(0, MERGED)
-            entry_PG = p[:, None] * GROUP + m[None, :]
-            there = (p < SPLITS)[:, None] & in_merged[None, :]
-            top_PG = tl.load(extent_ptr + entry_PG * 2, mask=there, other=float("-inf"))
-            sum_PG = tl.load(extent_ptr + entry_PG * 2 + 1, mask=there, other=0.0)
-            part_PGH = tl.load(
-                partial_ptr + entry_PG[:, :, None] * HEAD_DIM + h[None, None, :],
-                mask=there[:, :, None] & in_head[None, None, :],
-                other=0.0,
-            )
-            now = tl.maximum(top, tl.max(top_PG, axis=0))
-            safe = tl.where(now == float("-inf"), 0.0, now)
-            weight_PG = tl.exp(top_PG - safe[None, :])
-            factor = tl.exp(top - safe)
-            sum_of = sum_of * factor + tl.sum(weight_PG * sum_PG, axis=0)
-            merged = merged * factor[:, None] + tl.sum(part_PGH * weight_PG[:, :, None], axis=0)
-            top = now
-        # A lane without a sequence has nothing to attend to.
-        output = tl.where((sum_of > 0)[:, None], merged / tl.maximum(sum_of, 1e-38)[:, None], 0.0)
-        output_ptr += head * GROUP * HEAD_DIM
-        tl.store(
-            output_ptr + m[:, None] * HEAD_DIM + h[None, :],
-            output.to(DTYPE),
-            mask=in_merged[:, None] & in_head[None, :],
-        )
+            mask = (p < SPLITS)[:, None] & in_columns[None, :]
+            part_PC = tl.load(partial_ptr + p[:, None] * (GROUP * HEAD_DIM) + c[None, :], mask=mask, other=0.0)
+            weight_PC = tl.load(extent_ptr + (p[:, None] * GROUP + (c // HEAD_DIM)[None, :]) * 2, mask=mask, other=0.0)
+            merged += tl.sum(part_PC * weight_PC, axis=0)
+        tl.store(output_ptr + head * GROUP * HEAD_DIM + c, merged.to(DTYPE), mask=in_columns)
         if SLOT_SPLITS > 0:
             number = tl.load(number_ptr + head)
             if number > 0:
@@ -326,7 +322,8 @@ def sparse_decode_triton(
     slot_splits = _even_splits(triton.cdiv(most_selected, slots), programs)
     splits = slot_splits + _even_splits(triton.cdiv(most_rows, _ROWS), programs)
     merged_group = triton.next_power_of_2(group)
-    most_merged = max(1, _MERGED_NUMBERS // (merged_group * head_block))
+    columns = triton.next_power_of_2(group * head_dim)
+    most_merged = max(1, _MERGED_NUMBERS // columns)
     never_read = lanes.count_of
     where = (
         (never_read, never_read, never_read)
@@ -350,7 +347,7 @@ def sparse_decode_triton(
         partial,
         extent,
         of_sentence,
-        lanes.arrived,
+        lanes.scratch("sparse_decode", (lanes.num_lanes, num_kv_heads), torch.int32),
         scale,
         softcap or 1.0,
         most_selected,
@@ -374,8 +371,10 @@ def sparse_decode_triton(
         ROWS=_ROWS,
         SLOT_SPLITS=slot_splits,
         SPLITS=splits,
+        SPLIT_BLOCK=triton.next_power_of_2(splits),
         MERGED=min(most_merged, triton.next_power_of_2(splits)),
         MERGED_GROUP=merged_group,
+        MERGED_COLUMNS=columns,
         SELECTED_BLOCK=triton.next_power_of_2(max(most_selected, 1)),
         RING=sliding,
         SOFTCAP=softcap is not None,

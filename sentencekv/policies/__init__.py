@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from triton_ops import Lanes, select_sentences
+from triton_ops import Lanes, Scores, select_sentences
 from triton_ops.select_sentences import Group
 
 Tables = tuple[Tensor, ...]
@@ -47,8 +47,8 @@ class Policy:
         """
         raise NotImplementedError
 
-    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
-        """How much each query head wants each sentence of its lane, `[B, N, G, S]` float32, as a log of mass.
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
+        """How much each query head wants each sentence of its lane, as a log of mass.
 
         Args:
             q_BAH: post-RoPE queries, the G query heads that share a KV head adjacent.
@@ -62,8 +62,8 @@ class Policy:
 
         Runs inside a CUDA graph: no host synchronisation, and launches that do not depend on what lanes hold.
         """
-        logit_BNGS = self.score(q_BAH, lanes, layer, scale=scale)
-        return select_sentences(logit_BNGS, lanes, group=self.group, room_tokens=room_tokens)
+        scores = self.score(q_BAH, lanes, layer, scale=scale)
+        return select_sentences(scores, lanes, group=self.group, room_tokens=room_tokens)
 
     @classmethod
     def describe(cls) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sentencekv.policies import Policy, Tables
-from triton_ops import Lanes, score_sentences, summarize
+from triton_ops import Lanes, Scores, score_sentences, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,5 +21,5 @@ class Box(Policy):
         centre = 0.5 * (moments.maximum + moments.minimum)
         return (torch.stack([centre, moments.maximum - centre], dim=2),)
 
-    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
         return score_sentences(q_BAH, lanes, layer, scale=scale, spread="abs", log_length=False)

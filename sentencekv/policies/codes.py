@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sentencekv.policies import Policy, Tables
-from triton_ops import Lanes, encode_keys, score_codes, summarize
+from triton_ops import Lanes, Scores, encode_keys, score_codes, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,5 +31,5 @@ class Codes(Policy):
         box_SN2H = torch.stack([moments.minimum, moments.maximum], dim=2)
         return box_SN2H, encode_keys(key_TNH, box_SN2H, offsets, bits=self.bits)
 
-    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
         return score_codes(q_BAH, lanes, layer, scale=scale, bits=self.bits)

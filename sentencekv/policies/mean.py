@@ -5,7 +5,7 @@ import dataclasses
 from torch import Tensor
 
 from sentencekv.policies import Policy, Tables
-from triton_ops import Lanes, score_sentences, summarize
+from triton_ops import Lanes, Scores, score_sentences, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,5 +15,5 @@ class Mean(Policy):
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         return (summarize(key_TNH, offsets).mean[:, :, None],)
 
-    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
         return score_sentences(q_BAH, lanes, layer, scale=scale, spread=None, log_length=False)

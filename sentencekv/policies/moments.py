@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sentencekv.policies import Policy, Tables
-from triton_ops import Lanes, score_sentences, summarize
+from triton_ops import Lanes, Scores, score_sentences, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,5 +21,5 @@ class Moments(Policy):
         moments = summarize(key_TNH, offsets)
         return (torch.stack([moments.mean, 0.5 * moments.variance], dim=2),)
 
-    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Tensor:
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
         return score_sentences(q_BAH, lanes, layer, scale=scale, spread="square", log_length=True)
