@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from sentencekv import policies
 from sentencekv.policies import Policy
+from triton_ops.lanes import Lane, Lanes, Part
+
+SELECTING = [name for name in policies.available() if policies.policy_class(name).reads == "selected"]
 
 
 def test_the_folder_is_the_registry() -> None:
@@ -25,18 +29,79 @@ def test_unknown_names_are_refused_with_the_list() -> None:
         policies.load("mean", {"group": "sum"})
 
 
-def split_keys(lengths: list[int], heads: int = 1, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys `[T, heads, dim]`, their offsets and lengths."""
-    torch.manual_seed(0)
-    length = torch.tensor(lengths)
-    return torch.randn(sum(lengths), heads, dim), torch.tensor([0, *lengths]).cumsum(0), length
+def lanes_of(policy: Policy, key_TNH: Tensor, parts: list[list[int]], max_selected: int = 5) -> Lanes:
+    """One lane whose sentences have these lengths, part by part, with the policy's summaries and no KV."""
+    device = key_TNH.device
+    made: list[Part] = []
+    place: list[list[int]] = []
+    start = 0
+    for lengths in parts:
+        offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+        tables = policy.summarize(key_TNH[start : start + sum(lengths)], offsets)
+        # The engine keeps floating-point tables in the keys' dtype.
+        tables = tuple(table.to(key_TNH.dtype) if table.is_floating_point() else table for table in tables)
+        made.append(Part(len(place), len(lengths), {0: tables}))
+        place += [[length, 0, 0, first] for length, first in zip(lengths, offsets.tolist(), strict=False)]
+        start += sum(lengths)
+    heads, dim = key_TNH.shape[1:]
+    num_sentences = len(place)
+    kv = torch.zeros(heads, 1, 2, dim, dtype=key_TNH.dtype, device=device)
+
+    def table(width: int) -> dict[int, Tensor]:
+        return {0: torch.full((heads, width), -1, dtype=torch.int32, device=device)}
+
+    lane = Lane(
+        resident_kv={0: kv},
+        hot_kv={0: kv[:, :, None].expand(-1, max_selected, -1, -1, -1).contiguous()},
+        sentence_of_slot=table(max_selected),
+        last_used=table(max_selected),
+        slot_of_sentence=table(num_sentences),
+        place_S4=torch.tensor(place, dtype=torch.int32, device=device),
+        slabs={0: []},
+        slab_of={0: torch.empty((0, 2), dtype=torch.int64, device=device)},
+        parts=made,
+        share_S=torch.zeros(num_sentences, device=device),
+        traffic=torch.zeros(3, dtype=torch.int64, device=device),
+        num_sentences=num_sentences,
+        max_selected=max_selected,
+        num_slots=max_selected,
+    )
+    lanes = Lanes(
+        1,
+        [0],
+        device,
+        num_kv_heads=heads,
+        capacity=num_sentences + 1,
+        most_selected=max_selected,
+        most_slots=max_selected,
+        max_parts=len(made),
+        slot_tokens=max(max(lengths) for lengths in parts),
+    )
+    lanes.seat([lane])
+    return lanes
 
 
-def test_formulas() -> None:
-    key, offsets, length = split_keys([4, 1, 9, 6])
-    q = torch.randn(1, 1, 8)
+def logits(policy: Policy, q_NGH: Tensor, key_TNH: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """The policy's scores of sentences, `[N, G, S]`."""
+    lanes = lanes_of(policy, key_TNH, [lengths])
+    return policy.score(q_NGH.flatten(0, 1)[None], lanes, 0, scale=scale).logit_BNGS[0, :, :, : len(lengths)]
+
+
+def random_keys(num_tokens: int, device: torch.device, heads: int = 1, dim: int = 8) -> Tensor:
+    """`[T, heads, dim]`."""
+    return torch.randn(num_tokens, heads, dim, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(1)
+
+
+def test_formulas(device: torch.device) -> None:
+    lengths = [4, 1, 9, 6]
+    key, q = random_keys(20, device), torch.randn(1, 1, 8).to(device)
     x = 0.3 * q[0, 0].double()
-    parts = [part[:, 0].double() for part in key.split(length.tolist())]
+    parts = [part[:, 0].double() for part in key.split(lengths)]
     expected = {
         "mean": [x @ p.mean(0) for p in parts],
         "moments": [
@@ -45,64 +110,72 @@ def test_formulas() -> None:
         "box": [torch.maximum(x * p.amin(0), x * p.amax(0)).sum() for p in parts],
     }
     for name, values in expected.items():
-        policy = policies.load(name)
-        got = policy.logits(q, policy.summarize(key, offsets), length, scale=0.3, longest=32)
+        got = logits(policies.load(name), q, key, lengths, 0.3)
         torch.testing.assert_close(got[0, 0], torch.stack(values).float(), rtol=1e-4, atol=1e-4)
 
 
-def test_codes_approach_the_true_mass_with_more_bits() -> None:
-    key, offsets, length = split_keys([4, 1, 30, 6, 17], heads=3, dim=20)
-    q = torch.randn(3, 2, 20)
-    truth = torch.stack(
-        [torch.logsumexp(torch.einsum("ngh,tnh->ngt", 0.3 * q, part), -1) for part in key.split(length.tolist())],
-        dim=-1,
-    )
+def test_codes_approach_the_true_mass_with_more_bits(device: torch.device) -> None:
+    lengths = [4, 1, 30, 6, 17]
+    key, q = random_keys(58, device, heads=3, dim=20), torch.randn(3, 2, 20).to(device)
+    parts = key.split(lengths)
+    truth = torch.stack([torch.einsum("ngh,tnh->ngt", 0.3 * q, part).logsumexp(-1) for part in parts], dim=-1)
     error = {}
     for bits in (1, 2, 4):
         policy = policies.load("codes", {"bits": bits})
-        tables = policy.summarize(key, offsets)
+        tables = lanes_of(policy, key, [lengths]).lanes[0].parts[0].tables[0]
         assert tables[1].dtype == torch.uint8
         assert tables[1].shape == (58, 3, -(-20 * bits // 8))
-        error[bits] = (policy.logits(q, tables, length, scale=0.3, longest=32) - truth).abs().mean()
+        error[bits] = float((logits(policy, q, key, lengths, 0.3) - truth).abs().mean())
     assert error[4] < 0.1 < error[1]
     assert error[4] < error[2] < error[1]
-    one_token = policies.load("codes").logits(
-        q, policies.load("codes").summarize(key, offsets), length, scale=0.3, longest=32
-    )
-    torch.testing.assert_close(one_token[..., 1], truth[..., 1])
+    of_one_token = logits(policies.load("codes"), q, key, lengths, 0.3)[..., 1]
+    torch.testing.assert_close(of_one_token, truth[..., 1], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="bits must be 1, 2 or 4, got 3"):
         policies.load("codes", {"bits": 3})
 
 
-@pytest.mark.parametrize("name", [n for n in policies.available() if policies.policy_class(n).reads == "selected"])
-def test_parts_are_scored_as_one(name: str) -> None:
+@pytest.mark.parametrize("name", SELECTING)
+def test_parts_are_scored_as_one(name: str, device: torch.device) -> None:
     """A session's sentences may lie in several extents: selection must not see the seam."""
-    key, offsets, length = split_keys([4, 1, 9, 6, 5, 3, 8, 2], heads=2)
     policy = policies.load(name)
-    q = torch.randn(2, 3, 8)
-    whole = [policy.summarize(key, offsets)]
-    split = [policy.summarize(key[:20], offsets[:5]), policy.summarize(key[20:], offsets[4:] - 20)]
-    options = {"scale": 0.4, "longest": 9, "room_tokens": 20, "max_selected": 5}
-    assert torch.equal(policy.select(q, whole, length, **options), policy.select(q, split, length, **options))
+    key, q = random_keys(38, device, heads=2), torch.randn(1, 6, 8).to(device)
+    whole = lanes_of(policy, key, [[4, 1, 9, 6, 5, 3, 8, 2]])
+    split = lanes_of(policy, key, [[4, 1, 9], [6], [5, 3, 8, 2]])
+    selected = [policy.select(q, lanes, 0, scale=0.4, room_tokens=20) for lanes in (whole, split)]
+    assert torch.equal(*selected)
+    assert (selected[0] >= 0).any()
 
 
-def test_box_is_an_upper_bound() -> None:
-    key, offsets, length = split_keys([8] * 8)
-    q = torch.randn(1, 1, 8)
-    policy = policies.load("box")
-    bound = policy.logits(q, policy.summarize(key, offsets), length, scale=1.0, longest=32)[0, 0]
+@pytest.mark.parametrize("name", SELECTING)
+@pytest.mark.parametrize("group", ["max", "mean"])
+def test_what_a_selection_is(name: str, group: str, device: torch.device) -> None:
+    """Int32, rising, distinct, padded behind; within the room for every head, and using it."""
+    policy = policies.load(name, {"group": group})
+    lengths = [4, 1, 9, 6, 5, 3, 8, 2] * 3
+    key, q = random_keys(sum(lengths), device, heads=2), torch.randn(1, 6, 8).to(device)
+    lanes = lanes_of(policy, key, [lengths], max_selected=10)
+    selected = policy.select(q, lanes, 0, scale=0.4, room_tokens=30)
+    assert selected.dtype == torch.int32
+    assert selected.shape == (1, 2, 10)
+    for ids in selected[0].tolist():
+        chosen = [s for s in ids if s >= 0]
+        assert ids == sorted(set(chosen)) + [-1] * (10 - len(chosen))
+        assert 30 - max(lengths) < sum(lengths[s] for s in chosen) <= 30 or len(chosen) == 10
+
+
+def test_box_is_an_upper_bound(device: torch.device) -> None:
+    key, q = random_keys(64, device), torch.randn(1, 1, 8).to(device)
+    bound = logits(policies.load("box"), q, key, [8] * 8, 1.0)[0, 0]
     best = (key[:, 0] @ q[0, 0]).view(8, 8).amax(1)
     assert (bound >= best - 1e-5).all()
 
 
-def test_moments_is_exact_for_gaussian_keys() -> None:
+def test_moments_is_exact_for_gaussian_keys(device: torch.device) -> None:
     """With many Gaussian keys the score approaches the true log of the sentence's attention mass."""
     torch.manual_seed(2)
     mean = torch.randn(1, 8)
-    key = (mean + 0.5 * torch.randn(200_000, 8))[:, None]
-    q = torch.randn(1, 1, 8)
-    policy = policies.load("moments")
-    offsets = torch.tensor([0, key.shape[0]])
-    estimate = policy.logits(q, policy.summarize(key, offsets), offsets[1:], scale=1.0, longest=200_000)
+    key = (mean + 0.5 * torch.randn(200_000, 8))[:, None].to(device)
+    q = torch.randn(1, 1, 8).to(device)
+    estimate = logits(policies.load("moments"), q, key, [200_000], 1.0)
     truth = torch.logsumexp(key[:, 0] @ q[0, 0], dim=0)
     torch.testing.assert_close(estimate[0, 0, 0], truth, rtol=0, atol=0.1)

@@ -47,11 +47,11 @@ def test_logsumexp_over_decoded_keys(bits: int, dim: int, device: torch.device) 
     lanes = random_batch(RAGGED, device, dim=dim, tables="codes", bits=bits, layers=(0, 2))
     q = random_heads(lanes, 6, dim, torch.float32)
     got = score_codes_ref(q, lanes, 2, scale=0.3, bits=bits)
-    assert got.shape == (4, 2, 3, lanes.capacity)
+    assert got.logit_BNGS.shape == (4, 2, 3, lanes.capacity)
     truth, slack = formula(lanes, 2, q, scale=0.3, bits=bits)
     torch.testing.assert_close(of_sentences(lanes, got).double(), truth, rtol=1e-5, atol=1e-5)
     for b, count in enumerate([10, 3, 6, 0]):
-        assert (got[b, :, :, count:] == -torch.inf).all()
+        assert (got.logit_BNGS[b, :, :, count:] == -torch.inf).all()
     chosen = score_codes(q, lanes, 2, scale=0.3, bits=bits)
     assert ((of_sentences(lanes, chosen) - truth).abs() <= slack + 1e-5).all()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.lanes import DTYPES, assert_as_good, random_batch, random_heads, random_lengths
-from triton_ops import Lanes
+from triton_ops import Lanes, Scores
 from triton_ops.score_sentences import Spread, score_sentences, score_sentences_ref, score_sentences_triton
 
 RAGGED = [[random_lengths(19, 8), [], [3] * 5], [[2, 8, 1]], [[4], random_lengths(17, 8, seed=1)]]
@@ -33,9 +33,17 @@ def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, spread: Sprea
     return torch.stack(logits)
 
 
-def of_sentences(lanes: Lanes, logit_BNGS: Tensor) -> Tensor:
-    """Columns of sentences that there are, in the order of `formula`."""
-    rows = [logit_BNGS[b, :, :, : lane.num_sentences].permute(2, 0, 1) for b, lane in enumerate(lanes.lanes)]
+def of_sentences(lanes: Lanes, scores: Scores) -> Tensor:
+    """Logits of sentences that there are, in the order of `formula`; checks that the normalisers are theirs."""
+    top, total = scores.extent_BNGX2.double().unbind(-1)
+    assert not top.isnan().any()
+    norm_BNG = (total.log() + top).logsumexp(-1)
+    rows = []
+    for b, lane in enumerate(lanes.lanes):
+        logit_NGS = scores.logit_BNGS[b, :, :, : lane.num_sentences]
+        torch.testing.assert_close(norm_BNG[b], logit_NGS.double().logsumexp(-1), rtol=1e-5, atol=1e-5)
+        rows.append(logit_NGS.permute(2, 0, 1))
+    assert (total[len(lanes.lanes) :] == 0).all()
     return torch.cat(rows)
 
 
@@ -45,11 +53,11 @@ def test_the_formula(spread: Spread | None, log_length: bool, device: torch.devi
     q = random_heads(lanes, 6, 16, torch.float32)
     options = {"scale": 0.3, "spread": spread, "log_length": log_length}
     got = score_sentences_ref(q, lanes, 2, **options)
-    assert got.shape == (4, 2, 3, lanes.capacity)
+    assert got.logit_BNGS.shape == (4, 2, 3, lanes.capacity)
     truth = formula(lanes, 2, q, **options)
     torch.testing.assert_close(of_sentences(lanes, got).double(), truth, rtol=1e-5, atol=1e-5)
     for b, count in enumerate([24, 3, 18, 0]):
-        assert (got[b, :, :, count:] == -torch.inf).all()
+        assert (got.logit_BNGS[b, :, :, count:] == -torch.inf).all()
     chosen = score_sentences(q, lanes, 2, **options)
     torch.testing.assert_close(of_sentences(lanes, chosen), of_sentences(lanes, got))
 
@@ -79,4 +87,5 @@ def test_kernel(
 def test_kernel_without_sentences(kernel_device: torch.device) -> None:
     lanes = random_batch([[], [[]]], kernel_device)
     q = random_heads(lanes, 2, 16, torch.float32)
-    score_sentences_triton(q, lanes, 0, scale=1.0, spread="square", log_length=True)
+    scores = score_sentences_triton(q, lanes, 0, scale=1.0, spread="square", log_length=True)
+    assert (scores.extent_BNGX2[..., 1] == 0).all()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.lanes import random_batch, random_lengths
-from triton_ops import Lanes
+from triton_ops import Lanes, Scores
 from triton_ops.select_sentences import (
     Group,
     best_that_fit,
@@ -34,29 +34,43 @@ def one_lane(lengths: list[int], device: torch.device, max_selected: int, heads:
     return random_batch([[lengths]], device, heads=heads, slots=max_selected, spare=0)
 
 
-def logits_of(lanes: Lanes, score: list[float]) -> Tensor:
-    """Logits of one head and one query head that make these scores; anything behind them."""
-    logit = torch.full((1, 1, 1, lanes.capacity), 1e30, device=lanes.device)
-    logit[0, 0, 0, : len(score)] = torch.tensor(score).log()
-    return logit
+def scores_from(lanes: Lanes, logit_BNGS: Tensor, num_extents: int = 3) -> Scores:
+    """Scores from logits: NaN in all columns that are no sentences, normalisers in shares, one of them empty."""
+    logit_BNGS = logit_BNGS.clone()
+    extent = torch.zeros(*logit_BNGS.shape[:3], num_extents + 1, 2, device=lanes.device)
+    extent[..., 0] = -torch.inf
+    for b in range(lanes.num_lanes):
+        count = lanes.lanes[b].num_sentences if b < len(lanes.lanes) else 0
+        logit_BNGS[b, :, :, count:] = torch.nan
+        for x in range(min(num_extents, count)):
+            share = logit_BNGS[b, :, :, x:count:num_extents]
+            top = share.amax(-1)
+            extent[b, :, :, x, 0] = top
+            extent[b, :, :, x, 1] = (share - top.clamp(min=-1e30)[..., None]).exp().sum(-1)
+    return Scores(logit_BNGS, extent)
 
 
-def random_logits(lanes: Lanes, group: int, seed: int = 0) -> Tensor:
-    """NaN in all columns that are no sentences."""
+def scores_of_one(lanes: Lanes, shares: list[float]) -> Scores:
+    """Of one KV head and one query head with such shares."""
+    logit = torch.zeros(1, 1, 1, lanes.capacity, device=lanes.device)
+    logit[0, 0, 0, : len(shares)] = torch.tensor(shares).log()
+    return scores_from(lanes, logit)
+
+
+def random_scores(lanes: Lanes, group: int, seed: int = 0, rounded: bool = False) -> Scores:
+    """Rounded: with ties."""
     generator = torch.Generator().manual_seed(seed)
     logit = 4 * torch.randn(lanes.num_lanes, lanes.num_kv_heads, group, lanes.capacity, generator=generator)
-    for b in range(lanes.num_lanes):
-        logit[b, :, :, lanes.lanes[b].num_sentences if b < len(lanes.lanes) else 0 :] = torch.nan
-    return logit.to(lanes.device)
+    return scores_from(lanes, (logit.round() if rounded else logit).to(lanes.device))
 
 
-def brute_force(logit_BNGS: Tensor, lanes: Lanes, group: Group, room_tokens: int) -> Tensor:
+def brute_force(scores: Scores, lanes: Lanes, group: Group, room_tokens: int) -> Tensor:
     """The specification in plain Python, with scores in float64 as `group_scores` defines them."""
     chosen = torch.full((lanes.num_lanes, lanes.num_kv_heads, lanes.most_selected), -1, dtype=torch.int32)
     for b, lane in enumerate(lanes.lanes):
         lengths = lane.place_S4[:, 0].tolist()
         for n in range(lanes.num_kv_heads):
-            share_GS = logit_BNGS[b, n, :, : lane.num_sentences].double().cpu().softmax(-1)
+            share_GS = scores.logit_BNGS[b, n, :, : lane.num_sentences].double().cpu().softmax(-1)
             score = (share_GS.amax(0) if group == "max" else share_GS.mean(0)).tolist()
             ids: list[int] = []
             left = room_tokens
@@ -112,9 +126,9 @@ def test_best_that_fit_is_one_row_at_a_time(device: torch.device) -> None:
 )
 def test_the_longest_prefix_that_fits(op: Op, room: int, most: int, expected: list[int], device: torch.device) -> None:
     lanes = one_lane([4, 6, 9, 2, 2], device, most)
-    logit = logits_of(lanes, [0.1, 0.5, 0.3, 0.05, 0.05])
+    scores = scores_of_one(lanes, [0.1, 0.5, 0.3, 0.05, 0.05])
     for group in ("max", "mean"):
-        selected = op(logit, lanes, group=group, room_tokens=room)
+        selected = op(scores, lanes, group=group, room_tokens=room)
         assert selected.dtype == torch.int32
         assert selected[0, 0].tolist() == expected + [-1] * (most - len(expected))
 
@@ -122,20 +136,20 @@ def test_the_longest_prefix_that_fits(op: Op, room: int, most: int, expected: li
 def test_ties_by_rising_id(op: Op, device: torch.device) -> None:
     """All equally good; ties of the best and of the last; ties across zero of both signs."""
     lanes = one_lane([2] * 9, device, 6)
-    assert op(logits_of(lanes, [1.0] * 9), lanes, group="max", room_tokens=9)[0, 0].tolist() == [0, 1, 2, 3, -1, -1]
-    mixed = logits_of(lanes, [1, 3, 1, 3, 1, 3, 1, 1, 3])
+    assert op(scores_of_one(lanes, [1.0] * 9), lanes, group="max", room_tokens=9)[0, 0].tolist() == [0, 1, 2, 3, -1, -1]
+    mixed = scores_of_one(lanes, [1, 3, 1, 3, 1, 3, 1, 1, 3])
     assert op(mixed, lanes, group="max", room_tokens=12)[0, 0].tolist() == [0, 1, 2, 3, 5, 8]
     assert op(mixed, lanes, group="max", room_tokens=7)[0, 0].tolist() == [1, 3, 5, -1, -1, -1]
-    sure = logits_of(lanes, [1, *[1e-45] * 8])
-    sure[0, 0, 0, 0] = -0.0
+    sure = scores_of_one(lanes, [1, *[1e-45] * 8])
+    sure.logit_BNGS[0, 0, 0, 0] = -0.0
     assert op(sure, lanes, group="max", room_tokens=2)[0, 0].tolist() == [0, -1, -1, -1, -1, -1]
 
 
 def test_minus_infinity_is_never_selected(op: Op, device: torch.device) -> None:
     lanes = one_lane([1] * 4, device, 4)
     for group in ("max", "mean"):
-        logit = logits_of(lanes, [0.0, 0.7, 0.0, 0.3])
-        assert op(logit, lanes, group=group, room_tokens=9)[0, 0].tolist() == [1, 3, -1, -1]
+        scores = scores_of_one(lanes, [0.0, 0.7, 0.0, 0.3])
+        assert op(scores, lanes, group=group, room_tokens=9)[0, 0].tolist() == [1, 3, -1, -1]
 
 
 def test_one_loud_query_head_does_not_decide(op: Op, device: torch.device) -> None:
@@ -145,14 +159,14 @@ def test_one_loud_query_head_does_not_decide(op: Op, device: torch.device) -> No
     logit[0, 0, 0] = 1000
     logit[0, 0, 1, 4] = 5
     for group in ("max", "mean"):
-        assert op(logit, lanes, group=group, room_tokens=4)[0, 0].tolist() == [4, -1, -1]
+        assert op(scores_from(lanes, logit), lanes, group=group, room_tokens=4)[0, 0].tolist() == [4, -1, -1]
 
 
 def test_a_lane_has_its_own_number_of_sentences_and_of_selected(op: Op, device: torch.device) -> None:
     lanes = random_batch([[[3] * 9], [[2, 1], [4]], [[]]], device, heads=1, slots=8)
     lanes.lanes[0].max_selected = 2
     lanes.count()
-    selected = op(random_logits(lanes, 2), lanes, group="max", room_tokens=100)
+    selected = op(random_scores(lanes, 2), lanes, group="max", room_tokens=100)
     assert (selected >= 0).sum(-1)[:, 0].tolist()[:3] == [2, 3, 0]
     assert selected[1, 0].tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
     assert (selected[2:] == -1).all()
@@ -160,39 +174,52 @@ def test_a_lane_has_its_own_number_of_sentences_and_of_selected(op: Op, device: 
 
 @pytest.mark.parametrize(("group", "rounded"), [("max", False), ("max", True), ("mean", False)])
 def test_the_reference_against_brute_force(group: Group, rounded: bool, device: torch.device) -> None:
-    """Rounded logits tie; not for the mean, which may differ in its last bit when shares come in another order."""
+    """Not for means of rounded logits, which may differ in the last bit when shares come in another order."""
     lanes = random_batch([[random_lengths(60, 32)], [random_lengths(33, 32, seed=1), [5]]], device, slots=30)
-    logit = random_logits(lanes, 3)
-    logit = logit.round() if rounded else logit
+    scores = random_scores(lanes, 3, rounded=rounded)
     for room in (1, 40, 150, 400, 2000):
-        selected = select_sentences_ref(logit, lanes, group=group, room_tokens=room)
-        assert torch.equal(selected, brute_force(logit, lanes, group, room))
+        selected = select_sentences_ref(scores, lanes, group=group, room_tokens=room)
+        assert torch.equal(selected, brute_force(scores, lanes, group, room))
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("one_block", [True, False])
 @pytest.mark.parametrize("num_groups", [1, 3, 4, 7, 8])
 def test_kernel(num_groups: int, one_block: bool, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ragged lanes and an empty one; scores in one block, and in several with a last one that is not full."""
+    """Ragged lanes and an empty one; everything in one block, and in several with a last one that is not full."""
     if not one_block:
-        monkeypatch.setattr(importlib.import_module("triton_ops.select_sentences"), "_MOST_LOGITS", 1)
-    lengths = [[random_lengths(9, 8), [4]], [[2, 7, 1]]] if one_block else [[random_lengths(20, 8), [4]], [[2, 7, 1]]]
-    lanes = random_batch(lengths, kernel_device, heads=1, slots=5)
-    for group, room, rounded in (("max", 19, False), ("max", 23, True), ("mean", 19, False)):
-        logit = random_logits(lanes, num_groups, seed=room)
-        logit = logit.round() if rounded else logit
-        got = select_sentences_triton(logit, lanes, group=group, room_tokens=room)
-        assert torch.equal(got, select_sentences_ref(logit, lanes, group=group, room_tokens=room))
+        module = importlib.import_module("triton_ops.select_sentences")
+        monkeypatch.setattr(module, "_RANKED", 8)
+        monkeypatch.setattr(module, "_MOST_KEYS", 16)
+    lanes = random_batch([[random_lengths(20, 8), [4]], [[2, 7, 1]]], kernel_device, heads=2, slots=5)
+    for group, room, rounded in (("max", 19, False), ("max", 23, True), ("mean", 19, False), ("max", 1000, True)):
+        scores = random_scores(lanes, num_groups, seed=room, rounded=rounded)
+        got = select_sentences_triton(scores, lanes, group=group, room_tokens=room)
+        assert torch.equal(got, select_sentences_ref(scores, lanes, group=group, room_tokens=room))
         assert (got[0] >= 0).any()
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 0.03, 1.0, 30.0, 1000.0])
+def test_kernel_on_scores_near_and_far(spread: float, kernel_device: torch.device) -> None:
+    """All in one bin of the histogram, one in each, all but one beyond its end; sums of lengths that meet the room."""
+    lanes = random_batch([[[3, 1, 2] * 10]], kernel_device, heads=2, slots=30, spare=0)
+    logit = torch.arange(30.0).flip(0).expand(1, 2, 1, -1) * spread / 30
+    logit = torch.nn.functional.pad(logit, (0, lanes.capacity - 30)).to(kernel_device)
+    logit[:, 1] = logit[:, 1].roll(7, -1)
+    scores = scores_from(lanes, logit)
+    for room in (0, 1, 5, 6, 7, 30, 59, 60, 61):
+        got = select_sentences_triton(scores, lanes, group="max", room_tokens=room)
+        assert torch.equal(got, select_sentences_ref(scores, lanes, group="max", room_tokens=room))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("count", [300, 5000, 16_000, 16_384, 40_000])
+@pytest.mark.parametrize("count", [300, 5000, 8192, 16_384, 40_000])
 @pytest.mark.parametrize("group", ["max", "mean"])
 def test_kernel_on_long_contexts(group: Group, count: int) -> None:
     device = torch.device("cuda")
     lengths = [[random_lengths(count, 32)], [random_lengths(count // 3, 32, seed=1)]]
     lanes = random_batch(lengths, device, heads=2, slots=120, slot_tokens=32, slab_tokens=4096)
     for room in (944, 8000, 40):
-        logit = random_logits(lanes, 4, seed=room)
-        got = select_sentences_triton(logit, lanes, group=group, room_tokens=room)
-        assert torch.equal(got, select_sentences_ref(logit, lanes, group=group, room_tokens=room))
+        scores = random_scores(lanes, 4, seed=room)
+        got = select_sentences_triton(scores, lanes, group=group, room_tokens=room)
+        assert torch.equal(got, select_sentences_ref(scores, lanes, group=group, room_tokens=room))

@@ -5,71 +5,29 @@ import gc
 
 import pytest
 import torch
-from torch import Tensor
 
-from sentencekv import Config, policies
-from sentencekv.exact import exact_attention_ref
+from sentencekv import policies
+from sentencekv.batch import LaneBatch
 from sentencekv.policies import Policy
-from sentencekv.session import Session, SessionBatch
+from sentencekv.session import Session
 from sentencekv.store import HostMemory
+from tests.sequences import (
+    CONFIG,
+    DIM,
+    HEADS,
+    Scripted,
+    Tokens,
+    close,
+    closed_kv,
+    new_session,
+    random_choice,
+    run,
+    scripted_step,
+    sentence_ends,
+    step,
+)
 
-HEADS, GROUPS, DIM, SCALE = 2, 3, 16, 0.25
-CONFIG = Config(budget_tokens=64, sink_tokens=5, window_tokens=12, max_sentence_tokens=8, min_sentence_tokens=2)
-LENGTHS = [3, 8, 1, 5, 8, 2, 7, 4]
-
-
-def sentence_ends(num_tokens: int) -> list[int]:
-    ends, at = [], 0
-    while at < num_tokens:
-        at = min(at + LENGTHS[len(ends) % len(LENGTHS)], num_tokens)
-        ends.append(at)
-    return ends
-
-
-@dataclasses.dataclass
-class Tokens:
-    """Random queries, keys and values of a sequence, for two layers."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-    @classmethod
-    def random(cls, num_tokens: int, device: torch.device, seed: int = 0) -> "Tokens":
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(heads: int) -> Tensor:
-            return torch.randn(2, heads, num_tokens, DIM, generator=generator).to(device)
-
-        return cls(2 * draw(HEADS * GROUPS), draw(HEADS), draw(HEADS))
-
-    def dense(self, layer: int, first: int, stop: int, **options) -> Tensor:
-        kv = torch.stack([self.k[layer, :, :stop], self.v[layer, :, :stop]], dim=2)
-        return exact_attention_ref(self.q[layer, :, first:stop], kv, scale=SCALE, **options)
-
-
-def new_session(device: torch.device, policy: Policy | None = None, config: Config = CONFIG) -> Session:
-    memory = HostMemory(None, pinned=device.type == "cuda")
-    return Session(config, policy or policies.load("moments"), memory, device)
-
-
-def run(session: Session, tokens: Tokens, stop: int, *, exact: bool, **options) -> list[Tensor]:
-    """One pass of both layers up to token `stop`."""
-    first = session.num_tokens
-    session.begin(stop - first, exact=exact)
-    rows = slice(first, stop)
-    outputs = [
-        session.attend(
-            layer, tokens.q[layer, :, rows], tokens.k[layer, :, rows], tokens.v[layer, :, rows], scale=SCALE, **options
-        )
-        for layer in (0, 1)
-    ]
-    session.end()
-    return outputs
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+SELECTING = [name for name in policies.available() if policies.policy_class(name).reads == "selected"]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 11, 64, 300])
@@ -113,56 +71,27 @@ def test_full_ignores_the_budget(device: torch.device) -> None:
         close(run(session, tokens, stop, exact=False)[1], tokens.dense(1, stop - 1, stop))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scripted(Policy):
-    """Selects what the test says, and records what it was asked."""
-
-    script: list = dataclasses.field(default_factory=list)
-
-    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-        return (key_TNH[offsets[:-1]], key_TNH)
-
-    def select(self, q_NGH, parts, length_S, *, scale, longest, room_tokens, max_selected) -> Tensor:
-        assert sum(table.shape[0] for table, _ in parts) == length_S.numel()
-        assert sum(table.shape[0] for _, table in parts) == length_S.sum()
-        return self.script[0].to(q_NGH.device)
-
-
 def test_sparse_step_is_dense_attention_masked_to_the_selection(device: torch.device) -> None:
     """Heads select differently; the same through hits, misses and eviction; sentences close meanwhile."""
     tokens = Tokens.random(340, device, seed=3)
-    policy = Scripted()
     config = dataclasses.replace(CONFIG, hot_tokens=CONFIG.budget_tokens)
-    session = new_session(device, policy, config)
+    session = new_session(device, Scripted(), config)
     session.expect(sentence_ends(340))
     run(session, tokens, 300, exact=True)
+    closed = session.num_sentences
     generator = torch.Generator().manual_seed(0)
-    for stop in range(301, 341):
-        num_sentences, count = session.num_sentences, 7
-        chosen = torch.stack([torch.randperm(num_sentences, generator=generator)[:count] for _ in range(HEADS)])
-        chosen[1, 4:] = -1
-        policy.script[:] = [chosen]
-        recent = session._recent[0].shape[1] + 1
-        all_spans = session.sentence_spans()
-        spans = [[all_spans[s] for s in chosen[head].tolist() if s >= 0] for head in range(HEADS)]
-        outputs = run(session, tokens, stop, exact=False)
-        for layer, output in enumerate(outputs):
-            for head in range(HEADS):
-                seen = torch.zeros(stop, dtype=torch.bool, device=device)
-                seen[: config.sink_tokens] = seen[stop - recent :] = True
-                for first, end in spans[head]:
-                    seen[first:end] = True
-                key, value = tokens.k[layer, head, :stop][seen], tokens.v[layer, head, :stop][seen]
-                q = tokens.q[layer, head * GROUPS : (head + 1) * GROUPS, stop - 1]
-                close(output[head * GROUPS : (head + 1) * GROUPS, 0], (SCALE * q @ key.T).softmax(-1) @ value)
+    for _ in range(40):
+        scripted_step(session, tokens, random_choice(session.num_sentences, (7, 4), generator))
+    assert session.num_sentences > closed
     traffic = session.traffic
     assert traffic.steps == 40
-    assert int(traffic.num_selected) == 40 * 2 * (7 + 4)
-    assert 0 < traffic.num_missed < int(traffic.num_selected)
+    assert traffic.num_selected == 40 * 2 * (7 + 4)
+    assert 0 < traffic.num_missed < traffic.num_selected
+    assert traffic.num_missed <= traffic.tokens_fetched <= traffic.num_missed * CONFIG.max_sentence_tokens
     assert 0 < traffic.hit_rate < 1
 
 
-@pytest.mark.parametrize("name", [n for n in policies.available() if policies.policy_class(n).reads == "selected"])
+@pytest.mark.parametrize("name", SELECTING)
 def test_budget_holds_for_every_head(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = Tokens.random(400, device)
     session = new_session(device, policies.load(name))
@@ -174,12 +103,12 @@ def test_budget_holds_for_every_head(name: str, device: torch.device, monkeypatc
     monkeypatch.setattr(cls, "select", lambda *args, **kw: selections.append(select(*args, **kw)) or selections[-1])
     for stop in range(381, 401):
         run(session, tokens, stop, exact=False)
-        recent = session._recent[0].shape[1]
+        recent = stop - session.sentence_spans()[-1][1]
         assert CONFIG.window_tokens <= recent < CONFIG.window_tokens + 2 * CONFIG.max_sentence_tokens
-    lengths = session._places.length_on_device
+    lengths = session._places.place_S4[:, 0]
     assert len(selections) == 40
     for selected in selections:
-        tokens_read = torch.where(selected >= 0, lengths[selected.clamp(min=0)], 0).sum(-1)
+        tokens_read = torch.where(selected >= 0, lengths[selected.clamp(min=0).long()], 0).sum(-1)
         assert (tokens_read <= CONFIG.room_tokens).all()
         almost_full = tokens_read > CONFIG.room_tokens - 2 * CONFIG.max_sentence_tokens
         assert (almost_full | (selected >= 0).all(-1)).all(), "the budget is used"
@@ -236,49 +165,155 @@ def test_sliding_layers_keep_their_window_only(device: torch.device) -> None:
     for stop in (70, 71, 150, 151, 152, 200):
         first = session.num_tokens
         exact = stop - first > 1
-        for layer, output in enumerate(run(session, tokens, stop, exact=exact, sliding_window=20)):
+        for layer, output in enumerate(run(session, tokens, stop, exact=exact, sliding={0: 20, 1: 20})):
             close(output, tokens.dense(layer, first, stop, sliding_window=20))
-    assert session.device_bytes == 2 * 19 * HEADS * 2 * DIM * 4
+    assert sum(session._local[layer].nbytes for layer in (0, 1)) == 2 * 19 * HEADS * 2 * DIM * 4
     assert session.host_bytes == 0
 
 
 def test_long_generation_keeps_the_device_flat(device: torch.device) -> None:
-    """700 generated tokens: only summaries grow, and no faster than their share of the KV."""
+    """700 generated tokens: only summaries grow, and no faster than their share of the KV; all of it is on the host."""
     tokens = Tokens.random(1000, device)
-    config = dataclasses.replace(CONFIG, hot_tokens=64)
-    session = new_session(device, None, config)
+    session = new_session(device, None, dataclasses.replace(CONFIG, hot_tokens=64))
     session.expect(sentence_ends(1000))
     run(session, tokens, 300, exact=True)
-    resident = []
-    for stop in range(301, 1001):
-        run(session, tokens, stop, exact=False)
-        resident.append(sum(t.nbytes for t in session._recent.values()) + session._hot[0].kv.nbytes)
-    assert max(resident[350:]) <= max(resident[:350])
+    batch = LaneBatch(session.policy)
+    resident, rows = [], set()
+    for _ in range(700):
+        step(batch, [session], [tokens])
+        lane = session.lane()
+        resident.append(lane.num_resident)
+        rows.add(lane.resident_kv[0].shape[1])
+    assert len(rows) == 1, "a buffer that does not grow"
+    limit = CONFIG.sink_tokens + CONFIG.window_tokens + 2 * CONFIG.max_sentence_tokens
+    assert max(resident) <= limit <= rows.pop()
     assert session.host_bytes >= session.dense_bytes * 0.9
     assert session.device_bytes < session.dense_bytes
+    spans = session.sentence_spans()
+    assert [stop for _, stop in spans] == sentence_ends(1000, after=CONFIG.sink_tokens)[: len(spans)]
+    assert spans[-1][1] > 1000 - CONFIG.window_tokens - CONFIG.max_sentence_tokens
+    for layer in (0, 1):
+        assert torch.equal(closed_kv(session, layer), tokens.kv(layer, CONFIG.sink_tokens, spans[-1][1]))
 
 
-def test_batch_packs_sessions(device: torch.device) -> None:
-    """One row of 40 reading tokens, one decoding token and 7 more equals each alone."""
-    all_tokens = [Tokens.random(120, device, seed=s) for s in range(3)]
-    lengths = [40, 1, 7]
-    together, alone = [], []
-    for sessions in (together, alone):
-        for tokens in all_tokens:
-            session = new_session(device)
-            session.expect(sentence_ends(120))
-            run(session, tokens, 80, exact=True)
-            sessions.append(session)
-    batch = SessionBatch(together, lengths)
-    for session, length in zip(together, lengths, strict=True):
-        session.begin(length, exact=length > 1)
-    rows = [
-        torch.cat([getattr(t, name)[0, :, 80 : 80 + n] for t, n in zip(all_tokens, lengths, strict=True)], dim=1)
-        for name in ("q", "k", "v")
-    ]
-    packed = batch.attend(0, *rows, scale=SCALE).split(lengths, dim=1)
-    for session, tokens, length, output in zip(alone, all_tokens, lengths, packed, strict=True):
-        close(output, run(session, tokens, 80 + length, exact=length > 1)[0])
+def test_no_ends_are_expected_for_a_while(device: torch.device) -> None:
+    """The resident tokens outgrow their buffer; then all their sentences close at once."""
+    tokens = Tokens.random(400, device)
+    session = new_session(device, Scripted())
+    session.expect(sentence_ends(60))
+    run(session, tokens, 60, exact=True)
+    rows = session.lane().resident_kv[0].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        scripted_step(session, tokens, random_choice(session.num_sentences, (3, 2), generator))
+    assert session.lane().resident_kv[0].shape[1] > rows
+    closed = session.num_sentences
+    session.expect(sentence_ends(400, after=60))
+    for _ in range(140):
+        scripted_step(session, tokens, random_choice(session.num_sentences, (7, 4), generator))
+    assert session.num_sentences > closed + 40
+    for layer in (0, 1):
+        assert torch.equal(closed_kv(session, layer), tokens.kv(layer, 5, session.sentence_spans()[-1][1]))
+
+
+@pytest.mark.parametrize("sliding", [{}, {0: 20}])
+@pytest.mark.parametrize("name", [*SELECTING, "full"])
+def test_questions_and_answers_in_turn(name: str, sliding: dict[int, int], device: torch.device) -> None:
+    """Read, answer, read a question, answer, ...: with a budget that covers all, the same as reading everything."""
+    tokens = Tokens.random(300, device)
+    session = new_session(device, policies.load(name), dataclasses.replace(CONFIG, budget_tokens=300))
+    session.expect(sentence_ends(300))
+    for question, answer in ((100, 115), (160, 161), (190, 235), (236, 240), (290, 300)):
+        for exact in (True, False):
+            while session.num_tokens < (question if exact else answer):
+                first = session.num_tokens
+                stop = question if exact else first + 1
+                for layer, output in enumerate(run(session, tokens, stop, exact=exact, sliding=sliding)):
+                    close(output, tokens.dense(layer, first, stop, sliding_window=sliding.get(layer)))
+    for layer in {0, 1} - set(sliding):
+        assert torch.equal(closed_kv(session, layer), tokens.kv(layer, 5, session.sentence_spans()[-1][1]))
+
+
+def test_a_short_context_is_all_resident(device: torch.device) -> None:
+    """Sparse from the third token on: the sink fills up while decoding, then the first sentence closes."""
+    tokens = Tokens.random(80, device)
+    session = new_session(device, None, dataclasses.replace(CONFIG, budget_tokens=80))
+    session.expect(sentence_ends(80))
+    run(session, tokens, 2, exact=True)
+    for stop in range(3, 81):
+        for layer, output in enumerate(run(session, tokens, stop, exact=False)):
+            close(output, tokens.dense(layer, stop - 1, stop))
+    assert session.num_sentences > 5
+    assert session.sentence_spans()[0][0] == CONFIG.sink_tokens
+
+
+def test_sliding_layers_beside_retrieving_ones(device: torch.device) -> None:
+    """Layer 0 slides, layer 1 retrieves, through reading, decoding and reading again."""
+    tokens = Tokens.random(260, device)
+    session = new_session(device, None, dataclasses.replace(CONFIG, budget_tokens=260))
+    session.expect(sentence_ends(260))
+    for stop in (7, *range(8, 60), 150, *range(151, 200), 230, *range(231, 261)):
+        first = session.num_tokens
+        for layer, output in enumerate(run(session, tokens, stop, exact=stop - first > 1, sliding={0: 30})):
+            close(output, tokens.dense(layer, first, stop, sliding_window={0: 30}.get(layer)))
+    assert session.sliding_layers == {0}
+    assert torch.equal(closed_kv(session, 1), tokens.kv(1, 5, session.sentence_spans()[-1][1]))
+
+
+def test_slots_and_tables_grow_and_keep_what_they_hold(device: torch.device) -> None:
+    """From a few sentences to hundreds while decoding: every step is right, and what was in a slot is still a hit."""
+    tokens = Tokens.random(700, device)
+    config = dataclasses.replace(CONFIG, hot_tokens=512)
+    session = new_session(device, Scripted(), config)
+    session.expect(sentence_ends(700))
+    run(session, tokens, 60, exact=True)
+    generator = torch.Generator().manual_seed(0)
+    slots, widths = [], []
+    while session.num_tokens < 700:
+        lane = session.lane()
+        count = min(session.num_sentences, lane.max_selected, 8)
+        choice = random_choice(session.num_sentences, (count, count // 2), generator)
+        scripted_step(session, tokens, choice)
+        slots.append(lane.num_slots)
+        widths.append(lane.slot_of_sentence[0].shape[1])
+        missed = session.traffic.num_missed
+        if session.num_tokens < 700 and len(slots) % 5 == 0:
+            scripted_step(session, tokens, choice)
+            assert session.traffic.num_missed == missed, "the same again is all there, growth or not"
+    assert slots[0] < 20 < slots[-1] == config.num_slots
+    assert len(set(slots)) < 6, "by doubling"
+    assert widths[0] < session.num_sentences <= widths[-1]
+    assert len(session.lane().share_S) >= session.num_sentences
+    assert 0 < sum(session.shares()) < 1
+
+
+def test_a_fork_of_a_fork(device: torch.device) -> None:
+    """Each adds sentences of its own: one part more for each, and all are right, also after they went on together."""
+    length = 120
+    all_tokens = [Tokens.random(500, device)]
+    sessions = [new_session(device, Scripted())]
+    generator = torch.Generator().manual_seed(0)
+    for generation in range(3):
+        session, tokens = sessions[-1], all_tokens[-1]
+        session.expect(sentence_ends(length + 60, after=length if generation else 0))
+        run(session, tokens, length + 50, exact=True)
+        for _ in range(10):
+            scripted_step(session, tokens, random_choice(session.num_sentences, (7, 4), generator))
+        length += 60
+        child = Tokens.random(500, device, seed=generation + 1)
+        for name in ("q", "k", "v"):
+            getattr(child, name)[:, :, :length] = getattr(tokens, name)[:, :, :length]
+        sessions.append(session.fork())
+        all_tokens.append(child)
+    for session in sessions:
+        session.expect(sentence_ends(session.num_tokens + 80, after=session.last_expected_end))
+    for _ in range(60):
+        for session, tokens in zip(sessions, all_tokens, strict=True):
+            scripted_step(session, tokens, random_choice(session.num_sentences, (7, 4), generator))
+    assert [len(session.lane().parts) for session in sessions] == [2, 3, 4, 4]
+    for session, tokens in zip(sessions, all_tokens, strict=True):
+        for layer in (0, 1):
+            assert torch.equal(closed_kv(session, layer), tokens.kv(layer, 5, session.sentence_spans()[-1][1]))
 
 
 def test_memory_is_given_back(device: torch.device) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sentencekv import store
-from sentencekv.store import Extent, GrowingTable, HostMemory, HotSet, Places, host_tokens
+from sentencekv.store import Extent, GrowingTable, HostMemory, Places, host_tokens
 
 
 def fill(extent: Extent, lengths: list[int], start: int, kv: torch.Tensor, expected: int = 0) -> None:
@@ -34,13 +34,42 @@ def test_rows_come_back_in_order(large: int, device: torch.device, monkeypatch: 
     places.read(0, back)
     assert torch.equal(back, kv)
     for sentence in range(20):
-        slab = places.slabs[places.slab_of[sentence]].kv_of_layer[0]
-        row, begin = int(places.row_of[sentence]), int(places.start_of[sentence]) - 5
-        rows = slab[:, row : row + lengths[sentence]]
-        assert torch.equal(rows, kv[:, begin : begin + lengths[sentence]].cpu())
+        length, slab, row, row_in_extent = places.place_S4[sentence].tolist()
+        begin = int(places.start_of[sentence]) - 5
+        assert length == lengths[sentence]
+        assert row_in_extent == begin - (0 if sentence < 12 else 237)
+        rows = places.slabs[slab].kv_of_layer[0][:, row : row + length]
+        assert torch.equal(rows, kv[:, begin : begin + length].cpu())
+    addresses = places.slab_addresses([0])
+    assert addresses.device == places.place_S4.device == kv.device
+    assert addresses.tolist() == [[[s.kv_of_layer[0].data_ptr(), s.capacity_tokens] for s in places.slabs]]
     assert first.slabs[0].kv_of_layer[0].is_pinned() == (device.type == "cuda")
     taken = sum(slab.capacity_tokens for slab in first.slabs + second.slabs)
     assert taken <= host_tokens(237, 0, 32) + host_tokens(163, 0, 32)
+
+
+def test_places_without_sentences(device: torch.device) -> None:
+    places = Places([], device)
+    assert places.num_sentences == places.num_tokens == 0
+    assert places.place_S4.shape == (0, 4)
+    assert places.place_S4.dtype == torch.int32
+    assert places.slab_addresses([0, 3]).shape == (2, 0, 2)
+
+
+def test_places_are_as_of_one_moment(device: torch.device) -> None:
+    """What is placed later does not show, and what was placed stays where it was."""
+    memory = HostMemory(None, pinned=device.type == "cuda")
+    kv = torch.randn(2, 40, 2, 8, device=device)
+    extent = Extent(memory, device)
+    fill(extent, [8, 2], 0, kv[:, :10])
+    places = Places([extent], device)
+    fill(extent, [5, 25], 10, kv[:, 10:])
+    later = Places([extent], device)
+    assert places.num_tokens == 10
+    assert torch.equal(places.place_S4, later.place_S4[:2])
+    back = torch.full_like(kv[:, :10], torch.nan)
+    places.read(0, back)
+    assert torch.equal(back, kv[:, :10])
 
 
 def test_host_tokens_is_enough_for_any_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,23 +113,3 @@ def test_growing_table_keeps_rows_and_does_not_double() -> None:
         table.append(rows[start : min(start + 7, 5000)])
     assert torch.equal(table.rows, rows)
     assert table.nbytes < 1.1 * rows.nbytes
-
-
-def test_a_hot_set_that_grows_keeps_what_it_has(device: torch.device) -> None:
-    memory = HostMemory(None, pinned=device.type == "cuda")
-    kv = torch.randn(2, 80, 2, 8, device=device)
-    extent = Extent(memory, device)
-    fill(extent, [8] * 10, 0, kv)
-    places = Places([extent], device)
-    hot = HotSet(2, 8, 3, 8, kv)
-    selected = torch.tensor([[4, 1, 7], [0, 9, 2]], device=device)
-    assert hot.fetch(0, selected, places)[1:] == (6, 48)
-    larger = hot.grown(5)
-    slots, missed, _ = larger.fetch(0, selected, places)
-    assert missed == 0
-    for head in range(2):
-        for k in range(3):
-            sentence = int(selected[head, k])
-            assert torch.equal(larger.kv[head, slots[head, k]], kv[head, 8 * sentence : 8 * sentence + 8])
-    more = torch.tensor([[4, 1, 7, 3, 5], [0, 9, 2, 3, 5]], device=device)
-    assert larger.fetch(0, more, places)[1] == 4
