@@ -1,0 +1,249 @@
+"""Compiles an op's kernels for a GPU that need not be there, and prints what they take: one JSON line for each.
+
+Run as a program, `python -m tests.compile_kernels <op>`, without TRITON_INTERPRET. Launchers are called as ever, on CPU
+tensors; their launches are compiled and not run. So what is compiled is what would be launched.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tests.lanes import random_batch, random_heads
+from triton_ops import Lanes, Resolved, Scores
+from triton_ops.gated_linear import gated_linear_triton
+from triton_ops.gather_kv import gather_kv_triton
+from triton_ops.linear import linear_triton
+from triton_ops.offload_kv import offload_kv_triton
+from triton_ops.resolve_hot_set import resolve_hot_set_triton
+from triton_ops.rms_norm import rms_norm_triton
+from triton_ops.rotary import rotary_triton
+from triton_ops.score_codes import score_codes_triton
+from triton_ops.score_sentences import score_sentences_triton
+from triton_ops.select_sentences import select_sentences_triton
+from triton_ops.sparse_decode import sparse_decode_triton
+
+
+class Shape(NamedTuple):
+    """Of a model: heads, and the widths of its layers."""
+
+    heads: int
+    group: int
+    dim: int
+    dtype: torch.dtype
+    hidden: int
+    intermediate: int
+
+
+SHAPES = {
+    "llama-8b": Shape(8, 4, 128, torch.bfloat16, 4096, 14336),
+    "qwen-7b": Shape(4, 7, 128, torch.bfloat16, 3584, 18944),
+    "llama-1b": Shape(8, 4, 64, torch.bfloat16, 2048, 8192),
+    "wide-heads": Shape(4, 2, 256, torch.float16, 2304, 9216),
+}
+CAPABILITIES = {90: list(SHAPES), 80: ["llama-8b", "wide-heads"]}
+"""Compute capabilities of an H100 and of an A100; for the second, what takes most."""
+CPU = torch.device("cpu")
+
+
+def lanes_of(shape: Shape, batch: int, capacity: int = 8192) -> Lanes:
+    """Lanes that are launched as those of a long context are; what they hold is never read."""
+    options = {"slot_tokens": 32, "slab_tokens": 4096, "tables": "codes", "ring": {1: 4096}}
+    lanes = random_batch(
+        [[[21] * 50, [32]]] * batch,
+        CPU,
+        residents=[80] * batch,
+        heads=shape.heads,
+        dim=shape.dim,
+        dtype=shape.dtype,
+        slots=8,
+        spare=0,
+        **options,
+    )
+    lanes.capacity, lanes.most_selected, lanes.most_slots = capacity, 68, 128
+    return lanes
+
+
+def queries(lanes: Lanes, shape: Shape) -> Tensor:
+    return random_heads(lanes, shape.heads * shape.group, shape.dim, shape.dtype)
+
+
+def chosen(lanes: Lanes) -> tuple[Tensor, Resolved]:
+    """A selection, and where it is: shapes alone matter."""
+    shape = (lanes.num_lanes, lanes.num_kv_heads, lanes.most_selected)
+    selected, slot, length = (torch.zeros(shape, dtype=torch.int32) for _ in range(3))
+    return selected, Resolved(
+        slot, length, torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[:2], dtype=torch.int32)
+    )
+
+
+def score_sentences(shape: Shape) -> None:
+    lanes = lanes_of(shape, 1)
+    for spread, log_length in (("square", True), ("abs", False), (None, False))[: 3 if shape.dim == 64 else 1]:
+        score_sentences_triton(queries(lanes, shape), lanes, 0, scale=0.1, spread=spread, log_length=log_length)
+
+
+def score_codes(shape: Shape) -> None:
+    lanes = lanes_of(shape, 1)
+    for bits in (2, 4) if shape.dim == 64 else (2,):
+        score_codes_triton(queries(lanes, shape), lanes, 0, scale=0.1, bits=bits)
+
+
+def select_sentences(shape: Shape) -> None:
+    for capacity in (8192, 65536) if shape.dim == 64 else (8192,):
+        lanes = lanes_of(shape, 1, capacity)
+        scores = Scores(
+            torch.zeros(1, shape.heads, shape.group, capacity), torch.zeros(1, shape.heads, shape.group, 500, 2)
+        )
+        for group in ("max", "mean") if shape.dim == 64 else ("max",):
+            select_sentences_triton(scores, lanes, group=group, room_tokens=944)
+
+
+def resolve_hot_set(shape: Shape) -> None:
+    for most_slots in (128, 1024):
+        lanes = lanes_of(shape, 1)
+        lanes.most_slots = most_slots
+        resolve_hot_set_triton(chosen(lanes)[0], lanes, 0)
+
+
+def gather_kv(shape: Shape) -> None:
+    lanes = lanes_of(shape, 1)
+    selected, resolved = chosen(lanes)
+    gather_kv_triton(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, 0)
+
+
+def offload_kv(shape: Shape) -> None:
+    kv = torch.zeros(2, shape.heads, 64, 2, shape.dim, dtype=shape.dtype)
+    offload_kv_triton(kv, [], torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int32), 32)
+
+
+def sparse_decode(shape: Shape) -> None:
+    lanes = lanes_of(shape, 1)
+    q = queries(lanes, shape)
+    k, v = (random_heads(lanes, shape.heads, shape.dim, shape.dtype) for _ in range(2))
+    softcap = 50.0 if shape.dim == 256 else None
+    sparse_decode_triton(q, k, v, lanes, 0, *chosen(lanes), scale=0.1, softcap=softcap)
+    if shape.group == 4:
+        sparse_decode_triton(q, k, v, lanes, 1, None, None, scale=0.1, sliding=True)
+
+
+def of_layer(shape: Shape, batch: int, num_out: int, num_in: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, weights and a norm of a linear layer."""
+    x, weight, norm = torch.empty(batch, num_in), torch.empty(num_out, num_in), torch.empty(num_in)
+    return x.to(shape.dtype), weight.to(shape.dtype), norm.to(shape.dtype)
+
+
+def linear(shape: Shape) -> None:
+    for batch in (1, 32):
+        x, weight, norm = of_layer(shape, batch, shape.dim * shape.heads, shape.hidden)
+        linear_triton(x, (weight, weight, weight), norm_weight_I=norm)
+        linear_triton(x, (weight,), residual_BO=x[:, : weight.shape[0]])
+
+
+def gated_linear(shape: Shape) -> None:
+    for batch in (1, 32):
+        x, weight, norm = of_layer(shape, batch, 512, shape.hidden)
+        gated_linear_triton(x, weight, weight, norm_weight_I=norm)
+
+
+def rms_norm(shape: Shape) -> None:
+    x, _, norm = of_layer(shape, 4, 16, shape.hidden)
+    rms_norm_triton(x, norm, eps=1e-5)
+
+
+def rotary(shape: Shape) -> None:
+    qkv = torch.zeros(4, (shape.group + 2) * shape.heads * shape.dim, dtype=shape.dtype)
+    cos = torch.zeros(4, shape.dim, dtype=shape.dtype)
+    for norm in (None, cos[0].clone()):
+        rotary_triton(qkv, cos, cos, num_kv_heads=shape.heads, head_dim=shape.dim, q_norm_H=norm, k_norm_H=norm)
+
+
+OPS: dict[str, Callable[[Shape], None]] = {
+    op.__name__: op
+    for op in (
+        score_sentences,
+        score_codes,
+        select_sentences,
+        resolve_hot_set,
+        gather_kv,
+        offload_kv,
+        sparse_decode,
+        linear,
+        gated_linear,
+        rms_norm,
+        rotary,
+    )
+}
+
+
+class NoDevice:
+    """What a launch asks Triton's driver for."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return self._capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(op: Callable[[Shape], None], shape: Shape, known: dict[str, dict]) -> Iterator[dict]:
+    """What each distinct kernel of the op takes; `known`: those compiled before, by their hash."""
+    kernels: dict[str, dict] = {}
+
+    def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: object, **options: object) -> None:
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):
+                made = kernel.run(*args, grid=grid, warmup=True, **options)
+            if made.hash not in known:
+                spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+                assert spilled, "ptxas said nothing"
+                known[made.hash] = {
+                    "kernel": made.metadata.name,
+                    "shared": made.metadata.shared,
+                    "warps": made.metadata.num_warps,
+                    "registers": max(int(used) for used in re.findall(r"Used (\d+) registers", log.getvalue())),
+                    "spilled": sum(int(number) for number in spilled),
+                }
+            kernels[made.hash] = known[made.hash]
+
+        return launch
+
+    JITFunction.__getitem__ = compile_only
+    op(shape)
+    yield from kernels.values()
+
+
+def main(name: str) -> None:
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    known: dict[str, dict] = {}
+    for capability, models in CAPABILITIES.items():
+        triton.runtime.driver.set_active(NoDevice(capability))
+        for name_of_module, module in sys.modules.items():
+            # As on a device of this kind, and not as on a CPU.
+            if name_of_module.startswith("triton_ops.") and hasattr(module, "starts_early"):
+                module.starts_early = lambda _, early=capability >= 90: early
+        for model in models:
+            for kernel in compiled(OPS[name], SHAPES[model], known):
+                sys.stdout.write(json.dumps({"op": name, "capability": capability, "model": model, **kernel}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,30 @@
+"""Every kernel is compiled as it would be launched, for GPUs that need not be there: it fits, and hardly spills."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MOST_SHARED = {80: 166_912, 90: 232_448}
+"""Bytes of shared memory that one program may take on an A100 and on an H100."""
+MOST_SPILLED = {"wide-heads": 2048}
+"""Bytes of registers that a thread stores and loads again: a few outside the inner loop, more where few models go."""
+KERNELS = sorted(p.stem for p in (ROOT / "triton_ops").glob("*.py") if f"def {p.stem}_triton(" in p.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_kernels_compile(op: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.compile_kernels", op]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-5000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["capability"] for kernel in kernels} == set(MOST_SHARED)
+    for kernel in kernels:
+        assert kernel["shared"] <= MOST_SHARED[kernel["capability"]], kernel
+        assert kernel["spilled"] <= MOST_SPILLED.get(kernel["model"], 400 if op == "select_sentences" else 64), kernel
