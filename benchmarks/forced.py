@@ -18,7 +18,16 @@ _STRIDE = tl.constexpr(7919)
 
 @triton.jit
 def _forced_kernel(
-    logit_ptr, extent_ptr, count_ptr, capacity, num_extents, num_count, moved, count, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+    logit_ptr,
+    extent_ptr,
+    count_ptr,
+    capacity,
+    num_extents,
+    num_count,
+    moved,
+    count,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     block, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)

@@ -103,7 +103,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextlib.contextmanager
-def _attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
+def attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
     """The model's attention is `name` inside, and what it was before outside: its own `generate` goes on working."""
     config = model.config
     before = {"": config._attn_implementation}
@@ -163,7 +163,7 @@ def run_model(
 
     `keep`: the tokens whose logits are wanted, as transformers' `logits_to_keep`; 0: all.
     """
-    with _attention_as(model, NAME):
+    with attention_as(model, NAME):
         output = model(
             input_ids=ids_L[None],
             position_ids=position_L[None],
@@ -237,7 +237,7 @@ def _compare_with_dense(model: PreTrainedModel, config: PretrainedConfig) -> Non
     _check_sliding_layers(model, config, sessions[0].sliding_layers)
     for row, logits in zip(rows, ours, strict=True):
         refuse_nan(logits)
-        with _attention_as(model, "eager"):
+        with attention_as(model, "eager"):
             dense = model(input_ids=torch.tensor([row], device=model.device), use_cache=False, return_dict=True)
         truth = dense.logits[0].float()
         # The median token, since in half precision a near tie in a router may send a few tokens to other experts.

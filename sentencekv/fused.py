@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sentencekv.attention import NAME, _attention_as, run_model
+from sentencekv.attention import NAME, attention_as, run_model
 from triton_ops.gated_linear import Activation, gated_linear
 from triton_ops.linear import MAX_ROWS, linear
 from triton_ops.rms_norm import rms_norm_ref
@@ -242,7 +242,7 @@ class FusedLayers:
             return
         with torch.inference_mode():
             calls = [_watch(model, [module for module, _ in found.values()], at) for at in _CHECKED_POSITIONS]
-            with _attention_as(model, NAME):
+            with attention_as(model, NAME):
                 for name, (module, fused) in found.items():
                     try:
                         fused.check(module, [_usable(watched.get(module)) for watched in calls])

@@ -134,13 +134,13 @@ class Scripted(Policy):
         for lane in lanes.lanes:
             lengths = lane.place_S4[:, 0].tolist()
             assert [part.first for part in lane.parts] == [
-                sum(part.count for part in lane.parts[:i]) for i in range(len(lane.parts))
+                sum(part.num_sentences for part in lane.parts[:i]) for i in range(len(lane.parts))
             ]
-            assert sum(part.count for part in lane.parts) == len(lengths) == lane.num_sentences
+            assert sum(part.num_sentences for part in lane.parts) == len(lengths) == lane.num_sentences
             for part in lane.parts:
                 starts, keys = part.tables[layer]
-                assert starts.shape[0] == part.count
-                assert keys.shape[0] == sum(lengths[part.first : part.first + part.count])
+                assert starts.shape[0] == part.num_sentences
+                assert keys.shape[0] == sum(lengths[part.first : part.first + part.num_sentences])
         selected = torch.full((q_BAH.shape[0], lanes.num_kv_heads, lanes.most_selected), -1, dtype=torch.int32)
         for b, heads in enumerate(self.script[0]):
             for n, ids in enumerate(heads):

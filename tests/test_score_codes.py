@@ -27,7 +27,7 @@ def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, bits: int) ->
         for part in lane.parts:
             box_SN2H, code_TNW = part.tables[layer]
             row = 0
-            for s in range(part.count):
+            for s in range(part.num_sentences):
                 length = int(lane.place_S4[part.first + s, 0])
                 fields = [code_TNW[row : row + length] >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
                 level_TNH = torch.cat(fields, dim=-1)[..., : x_NGH.shape[2]].double()

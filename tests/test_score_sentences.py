@@ -21,7 +21,7 @@ def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, spread: Sprea
     for b, lane in enumerate(lanes.lanes):
         x_NGH = scale * q_BAH[b].double().unflatten(0, (lanes.num_kv_heads, -1))
         for part in lane.parts:
-            for s in range(part.count):
+            for s in range(part.num_sentences):
                 plane_NPH = part.tables[layer][0][s].double()
                 logit_NG = (x_NGH * plane_NPH[:, None, 0]).sum(-1)
                 if spread is not None:

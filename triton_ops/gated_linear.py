@@ -1,7 +1,5 @@
 """The gated half of a feed-forward layer on the few rows of a decoding step (Shazeer 2020, arXiv:2002.05202)."""
 
-# mypy: allow-untyped-defs
-
 from typing import Literal
 
 import torch
@@ -10,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.linear import FLOAT32_TILES, MAX_ROWS, Tiles, load_batch, load_row, load_weights
-from triton_ops.rms_norm import launch_options, rms_norm, rms_norm_ref, starts_early, wait_for_inputs
+from triton_ops.rms_norm import rms_norm, rms_norm_ref
 
 Activation = Literal["silu", "gelu_tanh"]
 

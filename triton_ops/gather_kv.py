@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import (
     HOT,
     NUM_SLOTS,
@@ -48,8 +49,10 @@ def _gather_kv_kernel(
     SLOT_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     k, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    wait_for_inputs(EARLY)
     entry = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected + k
     if tl.load(miss_ptr + entry) != 0:
         address_ptr += b * num_address
@@ -77,6 +80,7 @@ def gather_kv_triton(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, l
     hot_kv = next(lane.hot_kv[layer] for lane in lanes.lanes)
     head_dim = hot_kv.shape[4]
     address_rows = lanes.address_rows(layer)
+    early = starts_early(selected_BNK)
     _gather_kv_kernel[(most_selected, num_kv_heads, batch)](
         selected_BNK,
         slot_BNK,
@@ -91,7 +95,9 @@ def gather_kv_triton(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, l
         SLOT_TOKENS=lanes.slot_tokens,
         BLOCK=triton.next_power_of_2(lanes.slot_tokens * 2 * head_dim),
         DTYPE=element_type(hot_kv.dtype),
+        EARLY=early,
         num_warps=8,
+        **launch_options(early),
     )
 
 

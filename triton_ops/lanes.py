@@ -66,7 +66,7 @@ class Part(NamedTuple):
     """A run of sentences whose summaries stand together. `tables[layer]`: one or two tensors."""
 
     first: int
-    count: int
+    num_sentences: int
     tables: dict[int, tuple[Tensor, ...]]
 
 
@@ -153,7 +153,7 @@ class Lane:
             for i, part in enumerate(self.parts):
                 tables = part.tables[layer]
                 first = PARTS.value + 4 * i
-                row[first : first + 4] = [part.first, part.count, tables[0].data_ptr(), tables[-1].data_ptr()]
+                row[first : first + 4] = [part.first, part.num_sentences, tables[0].data_ptr(), tables[-1].data_ptr()]
         for column in (RESIDENT.value, HOT.value, PLACE.value):
             assert row[column] % 16 == 0, "kernels read 16 bytes at a time"
         return row

@@ -7,8 +7,6 @@ so that the normalisation needs neither a kernel nor a pass of its own:
     y = (x * weight_norm) @ weight.T / rms(x)
 """
 
-# mypy: allow-untyped-defs
-
 from typing import NamedTuple
 
 import torch
@@ -16,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.rms_norm import launch_options, rms_norm, rms_norm_ref, starts_early, wait_for_inputs
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
+from triton_ops.rms_norm import rms_norm, rms_norm_ref
 
 MAX_ROWS = 32
 """Rows of x that the kernels take."""

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import (
     LAST_USED,
     NUM_SLOTS,
@@ -115,6 +116,7 @@ def resolve_for_head(
     most_selected,
     SELECTED_BLOCK: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One KV head's slots. `victim_ptr`: scratch of `most_selected` entries."""
     step = tl.load(count_ptr + STEP)
@@ -126,6 +128,7 @@ def resolve_for_head(
     used_ptr = tl.load(address_ptr + LAST_USED).to(tl.pointer_type(tl.int32)) + n64 * num_slots
     slot_of_ptr = tl.load(address_ptr + SLOT_OF_SENTENCE).to(tl.pointer_type(tl.int32)) + n64 * sentence_rows
 
+    wait_for_inputs(EARLY)
     k = tl.arange(0, SELECTED_BLOCK)
     sentence = tl.load(selected_ptr + k, mask=k < most_selected, other=-1)
     wanted = sentence >= 0
@@ -195,6 +198,7 @@ def _resolve_hot_set_kernel(
     NUM_KV_HEADS: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     n, b = tl.program_id(0), tl.program_id(1)
     row = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected
@@ -211,6 +215,7 @@ def _resolve_hot_set_kernel(
         most_selected,
         SELECTED_BLOCK,
         SLOT_BLOCK,
+        EARLY,
     )
 
 
@@ -226,6 +231,7 @@ def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Re
     miss = torch.empty_like(selected_BNK, dtype=torch.int8)
     address_rows = lanes.address_rows(layer)
     slot_block = triton.next_power_of_2(lanes.most_slots)
+    early = starts_early(selected_BNK)
     _resolve_hot_set_kernel[(num_kv_heads, batch)](
         selected_BNK,
         slot,
@@ -241,7 +247,9 @@ def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Re
         NUM_KV_HEADS=num_kv_heads,
         SELECTED_BLOCK=triton.next_power_of_2(most_selected),
         SLOT_BLOCK=slot_block,
+        EARLY=early,
         num_warps=4 if slot_block <= 512 else 8,
+        **launch_options(early),
     )
     return Resolved(slot, length, miss, number)
 

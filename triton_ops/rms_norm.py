@@ -1,39 +1,11 @@
-"""Root-mean-square normalisation of a few rows; formula: Zhang and Sennrich 2019, arXiv:1910.07467.
-
-Also says which launches may start early: every kernel of the model's own layers begins with `wait_for_inputs`.
-"""
-
-# mypy: allow-untyped-defs
+"""Root-mean-square normalisation of a few rows; formula: Zhang and Sennrich 2019, arXiv:1910.07467."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as tl_cuda
 
-_HOPPER = (9, 0)
-
-
-def starts_early(tensor: Tensor) -> bool:
-    """Whether a kernel may be launched before the one in front of it ends (programmatic dependent launch).
-
-    Such a kernel reads what no kernel writes (weights) at once, and all else after `wait_for_inputs`.
-    """
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= _HOPPER
-
-
-def launch_options(early: bool) -> dict[str, bool]:
-    """Keywords of a launch that `starts_early`; other devices do not know them."""
-    return {"launch_pdl": True} if early else {}
-
-
-@triton.jit
-def wait_for_inputs(EARLY: tl.constexpr):
-    """Wait until the kernels in front have ended and what they wrote is visible; then let the next one begin."""
-    if EARLY:
-        tl_cuda.gdc_wait()
-        # After the wait, not before it: so the next kernel reads its weights after everything two kernels back.
-        tl_cuda.gdc_launch_dependents()
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 
 
 def rms_norm_ref(x_BI: Tensor, weight_I: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:

@@ -1,7 +1,5 @@
 """From the packed output of the query, key and value projections to what attention takes."""
 
-# mypy: allow-untyped-defs
-
 from typing import NamedTuple
 
 import torch
@@ -9,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.rms_norm import launch_options, rms_norm_ref, starts_early, wait_for_inputs
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
+from triton_ops.rms_norm import rms_norm_ref
 
 
 class Heads(NamedTuple):

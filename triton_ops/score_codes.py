@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import NUM_PARTS, PARTS, PLACE, PLACE_FIRST, PLACE_LENGTH, Lanes, element_type
 from triton_ops.score_sentences import Scores, scores_of, store_extents
 
@@ -64,10 +65,10 @@ def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bi
         q_NGH = q_BAH[b].view(num_kv_heads, -1, q_BAH.shape[2])
         for part in lane.parts:
             box_SN2H, code_TNW = part.tables[layer]
-            sentences = slice(part.first, part.first + part.count)
+            sentences = slice(part.first, part.first + part.num_sentences)
             length_S = lane.place_S4[sentences, 0].long()
             logit[b, :, :, sentences] = _score_part_ref(
-                q_NGH, box_SN2H[: part.count], code_TNW, length_S, scale, bits, lanes.slot_tokens
+                q_NGH, box_SN2H[: part.num_sentences], code_TNW, length_S, scale, bits, lanes.slot_tokens
             )
     return scores_of(logit, lanes)
 
@@ -113,6 +114,7 @@ def _score_codes_kernel(
     WIDTH_BLOCK: tl.constexpr,
     LONGEST: tl.constexpr,
     DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One sentence at a time; a byte holds dimensions WIDTH apart, so each of its fields is a run of dimensions.
 
@@ -129,6 +131,7 @@ def _score_codes_kernel(
     token = tl.arange(0, LONGEST)
     top = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_BLOCK,), tl.float32)
+    wait_for_inputs(EARLY)
     # The queries' runs of dimensions, one for each field of a byte; those past the last field are never used.
     FIELDS: tl.constexpr = 8 // BITS
     x0 = _query_run(q_ptr, q_stride_a, 0, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
@@ -196,6 +199,7 @@ def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float,
     width = triton.cdiv(head_dim, 8 // bits)
     programs = min(lanes.capacity, max(1, _PROGRAMS // (num_kv_heads * batch)))
     extent = torch.empty((*logit.shape[:3], programs, 2), dtype=torch.float32, device=q_BAH.device)
+    early = starts_early(q_BAH)
     _score_codes_kernel[(programs, num_kv_heads, batch)](
         q_BAH,
         address_rows,
@@ -217,7 +221,9 @@ def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float,
         WIDTH_BLOCK=max(16, triton.next_power_of_2(width)),
         LONGEST=max(16, triton.next_power_of_2(lanes.slot_tokens)),
         DTYPE=element_type(q_BAH.dtype),
+        EARLY=early,
         num_warps=1,
+        **launch_options(early),
     )
     return Scores(logit, extent)
 

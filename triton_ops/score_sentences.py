@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import NUM_PARTS, NUM_SENTENCES, PARTS, PLACE, PLACE_LENGTH, Lanes, element_type
 
 Spread = Literal["square", "abs"]
@@ -26,17 +27,18 @@ class Scores(NamedTuple):
 def scores_of(logit_BNGS: Tensor, lanes: Lanes) -> Scores:
     """Scores from logits alone."""
     masked = logit_BNGS.masked_fill(
-        torch.arange(lanes.capacity, device=logit_BNGS.device) >= lanes.count_of[:, NUM_SENTENCES.value, None, None, None],
+        torch.arange(lanes.capacity, device=logit_BNGS.device)
+        >= lanes.count_of[:, NUM_SENTENCES.value, None, None, None],
         -torch.inf,
     )
     top = masked.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     return Scores(logit_BNGS, torch.stack([top, (masked - top).exp().sum(-1, keepdim=True)], dim=-1))
 
 
-_BLOCK = 16
+_BLOCK = 64
 """Sentences that a program scores at a time."""
 _PROGRAMS = 1056
-"""Programs to aim at: eight for each multiprocessor of a large GPU keep its memory busy."""
+"""Programs to aim at: eight for each multiprocessor of a large GPU, more than are resident at a time."""
 
 
 def score_sentences_ref(
@@ -59,12 +61,12 @@ def score_sentences_ref(
     for b, lane in enumerate(lanes.lanes):
         x_NGH = q_BAH[b].float().view(num_kv_heads, -1, q_BAH.shape[2]) * scale
         for part in lane.parts:
-            planes = part.tables[layer][0][: part.count].float()
+            planes = part.tables[layer][0][: part.num_sentences].float()
             part_NGS = torch.einsum("ngh,snh->ngs", x_NGH, planes[:, :, 0])
             if spread is not None:
                 spread_NGH = x_NGH.square() if spread == "square" else x_NGH.abs()
                 part_NGS += torch.einsum("ngh,snh->ngs", spread_NGH, planes[:, :, 1])
-            sentences = slice(part.first, part.first + part.count)
+            sentences = slice(part.first, part.first + part.num_sentences)
             if log_length:
                 part_NGS += lane.place_S4[sentences, 0].float().log()
             logit[b, :, :, sentences] = part_NGS
@@ -102,20 +104,34 @@ def _score_sentences_kernel(
     SQUARE: tl.constexpr,
     LOG_LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    """Products of tables and queries are exact: both are as they came. The square of a scaled query is no number of the
+    tables' precision; it goes in two parts, its rounding and the rest."""
     pid, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     address_ptr += b * num_address
     count_ptr += b * num_count
     place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32))
+    num_parts = tl.load(count_ptr + NUM_PARTS)
     q_ptr += b.to(tl.int64) * q_stride_b + n * GROUP * q_stride_a
     logit_ptr += (b * NUM_KV_HEADS + n).to(tl.int64) * GROUP * capacity
     h = tl.arange(0, HEAD_BLOCK)
     in_head = h < HEAD_DIM
-    g_of = tl.arange(0, GROUP_BLOCK)
+    g = tl.arange(0, GROUP_BLOCK)
+    in_group = g < GROUP
+    wait_for_inputs(EARLY)
+    q = tl.load(q_ptr + g[None, :] * q_stride_a + h[:, None], mask=in_group[None, :] & in_head[:, None], other=0.0)
+    if SQUARE:
+        x = q.to(tl.float32) * scale
+        square = tl.minimum(x * x, 65504.0)
+        spread = square.to(DTYPE)
+        rest = (square - spread.to(tl.float32)).to(DTYPE)
+    else:
+        spread = tl.abs(q)
     top = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_BLOCK,), tl.float32)
-    num_parts = tl.load(count_ptr + NUM_PARTS)
     for part in range(num_parts):
         first = tl.load(address_ptr + PARTS + 4 * part)
         count = tl.load(address_ptr + PARTS + 4 * part + 1)
@@ -125,28 +141,25 @@ def _score_sentences_kernel(
             there = s < count
             mask = there[:, None] & in_head[None, :]
             rows = table_ptr + ((s * NUM_KV_HEADS + n) * (NUM_PLANES * HEAD_DIM))[:, None] + h[None, :]
-            plane0 = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
+            plane0 = tl.load(rows, mask=mask, other=0.0)
             if NUM_PLANES == 2:
-                plane1 = tl.load(rows + HEAD_DIM, mask=mask, other=0.0).to(tl.float32)
-            bias = tl.zeros((BLOCK,), tl.float32)
+                plane1 = tl.load(rows + HEAD_DIM, mask=mask, other=0.0)
+            logit = tl.dot(plane0, q, input_precision=PRECISION) * scale
+            if NUM_PLANES == 2:
+                if SQUARE:
+                    second = tl.dot(plane1, rest, input_precision=PRECISION)
+                    logit += tl.dot(plane1, spread, second, input_precision=PRECISION)
+                else:
+                    logit += tl.dot(plane1, spread, input_precision=PRECISION) * scale
             if LOG_LENGTH:
                 tokens = tl.load(place_ptr + (first + s) * 4 + PLACE_LENGTH, mask=there, other=1)
-                bias = tl.log(tokens.to(tl.float32))
-            top_here = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
-            total_here = tl.zeros((GROUP_BLOCK,), tl.float32)
-            for g in tl.static_range(GROUP):
-                x = tl.load(q_ptr + g * q_stride_a + h, mask=in_head, other=0.0).to(tl.float32) * scale
-                product = plane0 * x[None, :]
-                if NUM_PLANES == 2:
-                    product += plane1 * (x * x if SQUARE else tl.abs(x))[None, :]
-                logit = tl.sum(product, axis=1) + bias
-                tl.store(logit_ptr + g * capacity + first + s, logit, mask=there)
-                logit = tl.where(there, logit, float("-inf"))
-                top_g = tl.max(logit, axis=0)
-                top_here = tl.where(g_of == g, top_g, top_here)
-                total_here = tl.where(g_of == g, tl.sum(tl.exp(logit - top_g), axis=0), total_here)
-            now = tl.maximum(top, top_here)
-            total = total * tl.exp(top - now) + total_here * tl.exp(top_here - now)
+                logit += tl.log(tokens.to(tl.float32))[:, None]
+            tl.store(
+                logit_ptr + g[None, :] * capacity + (first + s)[:, None], logit, mask=there[:, None] & in_group[None, :]
+            )
+            logit = tl.where(there[:, None], logit, float("-inf"))
+            now = tl.maximum(top, tl.max(logit, axis=0))
+            total = total * tl.exp(top - now) + tl.sum(tl.exp(logit - now[None, :]), axis=0)
             top = now
     store_extents(extent_ptr, top, total, (b * NUM_KV_HEADS + n).to(tl.int64), GROUP, GROUP_BLOCK)
 
@@ -164,6 +177,7 @@ def score_sentences_triton(
     address_rows = lanes.address_rows(layer)
     programs = min(triton.cdiv(lanes.capacity, _BLOCK), max(1, _PROGRAMS // (num_kv_heads * batch)))
     extent = torch.empty((*logit.shape[:3], programs, 2), dtype=torch.float32, device=q_BAH.device)
+    early = starts_early(q_BAH)
     _score_sentences_kernel[(programs, num_kv_heads, batch)](
         q_BAH,
         address_rows,
@@ -178,15 +192,19 @@ def score_sentences_triton(
         lanes.count_of.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
-        GROUP_BLOCK=triton.next_power_of_2(num_heads // num_kv_heads),
+        GROUP_BLOCK=max(8, triton.next_power_of_2(num_heads // num_kv_heads)),
         HEAD_DIM=head_dim,
-        HEAD_BLOCK=triton.next_power_of_2(head_dim),
+        HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         NUM_PLANES=1 if spread is None else 2,
         SQUARE=spread == "square",
         LOG_LENGTH=log_length,
         BLOCK=_BLOCK,
+        PRECISION="ieee" if q_BAH.dtype == torch.float32 else "tf32",
         DTYPE=element_type(q_BAH.dtype),
+        EARLY=early,
         num_warps=4,
+        num_stages=1,
+        **launch_options(early),
     )
     return Scores(logit, extent)
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import MAX_SELECTED, NUM_SENTENCES, PLACE, PLACE_LENGTH, Lanes
 from triton_ops.score_sentences import Scores
 
@@ -16,6 +17,8 @@ _RANKED = 256
 """Sentences that one program ranks."""
 _MOST_KEYS = 8192
 """Keys that the program which cuts the ranking keeps in registers; beyond, it goes over them in blocks of so many."""
+_LISTED = 512
+"""Sentences of one bin that are compared at a time."""
 _BINS = 2048
 _BINS_PER_NAT = 32
 """Of the histogram of scores, which are logs of shares: bins as wide as a 32nd, down to a share of exp(-64)."""
@@ -103,10 +106,12 @@ def _rank_sentences_kernel(
     BINS: tl.constexpr,
     BINS_PER_NAT: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The group's score of each sentence as a key, and a histogram of scores: tokens and sentences in each bin."""
     block, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
+    wait_for_inputs(EARLY)
     if block * BLOCK < num_sentences:
         head = (b * NUM_KV_HEADS + n).to(tl.int64)
         place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
@@ -139,55 +144,36 @@ def _rank_sentences_kernel(
         length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=eligible, other=0)
         bin = tl.minimum(tl.maximum(score, -1e6) * -BINS_PER_NAT, BINS - 1.0).to(tl.int32)
         bin = tl.maximum(bin, 0)
-        tl.atomic_add(
-            histogram_ptr + head * BINS + bin, (length.to(tl.int64) << 32) | 1, mask=eligible, sem="relaxed"
-        )
+        tl.atomic_add(histogram_ptr + head * BINS + bin, (length.to(tl.int64) << 32) | 1, mask=eligible, sem="relaxed")
 
 
 @triton.jit
-def _measure(key_ptr, place_ptr, threshold, num_sentences, key0, length0, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens and number of sentences with keys from the threshold on."""
-    if ONE_BLOCK:
-        taken = key0 >= threshold
-        tokens, count = tl.reduce((tl.where(taken, length0, 0), taken.to(tl.int32)), 0, _sum_pairs)
-    else:
-        tokens = tl.zeros((), tl.int32)
-        count = tl.zeros((), tl.int32)
-        for start in range(0, num_sentences, BLOCK):
-            s = start + tl.arange(0, BLOCK)
-            there = s < num_sentences
-            key = tl.load(key_ptr + s, mask=there, other=-0x80000000)
-            length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=there, other=0)
-            taken = there & (key >= threshold)
-            more_tokens, more = tl.reduce((tl.where(taken, length, 0), taken.to(tl.int32)), 0, _sum_pairs)
-            tokens += more_tokens
-            count += more
-    return tokens, count
-
-
-@triton.jit
-def _measure_three(
-    key_ptr, place_ptr, t1, t2, t3, num_sentences, key0, length0, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
-):
-    """As `_measure`, for three thresholds at once: a reduction costs far more than what it adds up."""
-    if ONE_BLOCK:
-        in1, in2, in3 = key0 >= t1, key0 >= t2, key0 >= t3
-        tokens1, count1, tokens2, count2, tokens3, count3 = tl.reduce(
-            (
-                tl.where(in1, length0, 0),
-                in1.to(tl.int32),
-                tl.where(in2, length0, 0),
-                in2.to(tl.int32),
-                tl.where(in3, length0, 0),
-                in3.to(tl.int32),
-            ),
-            0,
-            _sum_sixes,
-        )
-    else:
-        tokens1, count1 = _measure(key_ptr, place_ptr, t1, num_sentences, key0, length0, ONE_BLOCK, BLOCK)
-        tokens2, count2 = _measure(key_ptr, place_ptr, t2, num_sentences, key0, length0, ONE_BLOCK, BLOCK)
-        tokens3, count3 = _measure(key_ptr, place_ptr, t3, num_sentences, key0, length0, ONE_BLOCK, BLOCK)
+def _measure_three(key_ptr, length_ptr, number, t1, t2, t3, key0, length0, BLOCK: tl.constexpr):
+    """Tokens and number of the sentences listed that have keys from each of three thresholds on."""
+    in1, in2, in3 = key0 >= t1, key0 >= t2, key0 >= t3
+    tokens1, count1, tokens2, count2, tokens3, count3 = tl.reduce(
+        (
+            tl.where(in1, length0, 0),
+            in1.to(tl.int32),
+            tl.where(in2, length0, 0),
+            in2.to(tl.int32),
+            tl.where(in3, length0, 0),
+            in3.to(tl.int32),
+        ),
+        0,
+        _sum_sixes,
+    )
+    for start in range(BLOCK, number, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        key = tl.load(key_ptr + i, mask=i < number, other=-0x80000000)
+        length = tl.load(length_ptr + i, mask=i < number, other=0)
+        in1, in2, in3 = key >= t1, key >= t2, key >= t3
+        tokens1 += tl.sum(tl.where(in1, length, 0), axis=0)
+        tokens2 += tl.sum(tl.where(in2, length, 0), axis=0)
+        tokens3 += tl.sum(tl.where(in3, length, 0), axis=0)
+        count1 += tl.sum(in1.to(tl.int32), axis=0)
+        count2 += tl.sum(in2.to(tl.int32), axis=0)
+        count3 += tl.sum(in3.to(tl.int32), axis=0)
     return tokens1, count1, tokens2, count2, tokens3, count3
 
 
@@ -201,6 +187,7 @@ def _middle(low, high):
 def _select_sentences_kernel(
     key_ptr,
     histogram_ptr,
+    listed_ptr,
     address_ptr,
     count_ptr,
     selected_ptr,
@@ -214,47 +201,76 @@ def _select_sentences_kernel(
     BINS_PER_NAT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    LISTED_BLOCK: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One KV head's selection: the histogram gives a narrow interval of keys, which is quartered until it holds just the
-    first sentence too many. Leaves the histogram empty."""
+    """One KV head's selection; leaves the histogram empty.
+
+    The histogram gives the bin in which the budget ends; that bin's sentences are listed, and their interval of keys is
+    quartered until it holds just the first sentence too many.
+    """
     n, b = tl.program_id(0), tl.program_id(1)
     head = (b * NUM_KV_HEADS + n).to(tl.int64)
     key_ptr += head * capacity
+    listed_key_ptr = listed_ptr + head * (2 * capacity)
+    listed_length_ptr = listed_key_ptr + capacity
     histogram_ptr += head * BINS
     selected_ptr += head * most_selected
     place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
     place_ptr = tl.multiple_of(place_ptr, 16)
     num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
     max_selected = tl.load(count_ptr + b * num_count + MAX_SELECTED)
-    s = tl.arange(0, BLOCK)
-    key0 = tl.load(key_ptr + s, mask=s < num_sentences, other=-0x80000000)
-    length0 = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=s < num_sentences, other=0)
+    wait_for_inputs(EARLY)
 
     bin = tl.arange(0, BINS)
     in_bin = tl.load(histogram_ptr + bin)
+    s0 = tl.arange(0, BLOCK)
+    key0 = tl.load(key_ptr + s0, mask=s0 < num_sentences, other=-0x80000000)
     tl.store(histogram_ptr + bin, tl.zeros((BINS,), tl.int64))
     up_to = tl.cumsum(in_bin, axis=0)
     bin_fits = ((up_to >> 32) <= room_tokens) & ((up_to & 0xFFFFFFFF) <= max_selected)
-    last = tl.sum(bin_fits.to(tl.int32), axis=0)
+    last, above = tl.reduce((bin_fits.to(tl.int32), tl.where(bin_fits, in_bin, 0)), 0, _sum_pairs)
     # Keys from `high` on fit; those from `low` on do not, unless all do. In between, nothing is known yet.
-    above = tl.sum(tl.where(bin < last, in_bin, 0), axis=0)
-    high_tokens = (above >> 32).to(tl.int32)
-    high_count = (above & 0xFFFFFFFF).to(tl.int32)
-    low_count = high_count + (tl.sum(tl.where(bin == last, in_bin, 0), axis=0) & 0xFFFFFFFF).to(tl.int32)
+    above_tokens = (above >> 32).to(tl.int32)
+    above_count = (above & 0xFFFFFFFF).to(tl.int32)
+    high_tokens, high_count = above_tokens, above_count
     low = tl.full((), -0x7FFFFFFF, tl.int32)
     high = low
+    listed = tl.zeros((), tl.int32)
     if last < BINS:
         edge = last.to(tl.float32) / -BINS_PER_NAT
         high = tl.where(last == 0, 0x7FFFFFFF, _ordered(edge) + 1)
         if last < BINS - 1:
             low = _ordered(edge - 1.0 / BINS_PER_NAT) + 1
+        for start in range(0, num_sentences, BLOCK):
+            s = start + s0
+            key = key0
+            if not ONE_BLOCK:
+                key = tl.load(key_ptr + s, mask=s < num_sentences, other=-0x80000000)
+            between = (key >= low) & (key < high)
+            number = tl.sum(between.to(tl.int32), axis=0)
+            if number > 0:
+                place = listed + tl.cumsum(between.to(tl.int32), axis=0) - 1
+                length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=between, other=0)
+                tl.store(listed_key_ptr + place, key, mask=between)
+                tl.store(listed_length_ptr + place, length, mask=between)
+                listed += number
+        tl.debug_barrier()
+
+    i = tl.arange(0, LISTED_BLOCK)
+    listed_key = tl.load(listed_key_ptr + i, mask=i < listed, other=-0x80000000)
+    listed_length = tl.load(listed_length_ptr + i, mask=i < listed, other=0)
+    low_count = high_count + listed
     t2 = _middle(low, high)
     while (t2 != low) & (low_count - high_count > 1):
         t1, t3 = _middle(low, t2), _middle(t2, high)
         tokens1, count1, tokens2, count2, tokens3, count3 = _measure_three(
-            key_ptr, place_ptr, t1, t2, t3, num_sentences, key0, length0, ONE_BLOCK, BLOCK
+            listed_key_ptr, listed_length_ptr, listed, t1, t2, t3, listed_key, listed_length, LISTED_BLOCK
         )
+        # What was measured is the bin's; to it comes what lies above the bin.
+        tokens1, tokens2, tokens3 = tokens1 + above_tokens, tokens2 + above_tokens, tokens3 + above_tokens
+        count1, count2, count3 = count1 + above_count, count2 + above_count, count3 + above_count
         fits1 = (tokens1 <= room_tokens) & (count1 <= max_selected)
         fits2 = (tokens2 <= room_tokens) & (count2 <= max_selected)
         fits3 = (tokens3 <= room_tokens) & (count3 <= max_selected)
@@ -272,25 +288,25 @@ def _select_sentences_kernel(
     tied_tokens = tl.zeros((), tl.int32)
     tied_count = tl.zeros((), tl.int32)
     for start in range(0, num_sentences, BLOCK):
-        s = start + tl.arange(0, BLOCK)
-        there = s < num_sentences
-        if ONE_BLOCK:
-            key, length = key0, length0
-        else:
-            key = tl.load(key_ptr + s, mask=there, other=-0x80000000)
-            length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=there, other=0)
-        taken = there & (key >= high)
+        s = start + s0
+        key = key0
+        if not ONE_BLOCK:
+            key = tl.load(key_ptr + s, mask=s < num_sentences, other=-0x80000000)
+        taken = key >= high
         if low_count - high_count > 1:
-            tied = there & (key >= low) & (key < high)
-            before = tied_tokens + tl.cumsum(tl.where(tied, length, 0), axis=0)
+            tied = (key >= low) & (key < high)
+            length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=tied, other=0)
+            before = tied_tokens + tl.cumsum(length, axis=0)
             rank = tied_count + tl.cumsum(tied.to(tl.int32), axis=0)
             fits = (high_tokens + before <= room_tokens) & (high_count + rank <= max_selected)
             taken = taken | (tied & fits)
-            tied_tokens += tl.sum(tl.where(tied, length, 0), axis=0)
+            tied_tokens += tl.sum(length, axis=0)
             tied_count += tl.sum(tied.to(tl.int32), axis=0)
-        place = num_taken + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-        tl.store(selected_ptr + place, s, mask=taken)
-        num_taken += tl.sum(taken.to(tl.int32), axis=0)
+        number = tl.sum(taken.to(tl.int32), axis=0)
+        if number > 0:
+            place = num_taken + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+            tl.store(selected_ptr + place, s, mask=taken)
+            num_taken += number
     k = tl.arange(0, SELECTED_BLOCK)
     tl.store(selected_ptr + k, -1, mask=(k >= num_taken) & (k < most_selected))
 
@@ -304,8 +320,10 @@ def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_
     device = logit_BNGS.device
     selected = torch.empty((batch, num_kv_heads, lanes.most_selected), dtype=torch.int32, device=device)
     key = torch.empty((batch, num_kv_heads, capacity), dtype=torch.int32, device=device)
+    listed = torch.empty((batch, num_kv_heads, 2, capacity), dtype=torch.int32, device=device)
     histogram = lanes.scratch("select_sentences", (lanes.num_lanes, num_kv_heads, _BINS), torch.int64)
     address_rows = lanes.address_of[0]
+    early = starts_early(logit_BNGS)
     num_extents = extent_BNGX2.shape[3]
     _rank_sentences_kernel[(triton.cdiv(capacity, _RANKED), num_kv_heads, batch)](
         logit_BNGS,
@@ -326,12 +344,15 @@ def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_
         BINS=_BINS,
         BINS_PER_NAT=_BINS_PER_NAT,
         BLOCK=_RANKED,
+        EARLY=early,
         num_warps=4,
+        **launch_options(early),
     )
     block = min(triton.next_power_of_2(capacity), _MOST_KEYS)
     _select_sentences_kernel[(num_kv_heads, batch)](
         key,
         histogram,
+        listed,
         address_rows,
         lanes.count_of,
         selected,
@@ -345,8 +366,11 @@ def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_
         BINS_PER_NAT=_BINS_PER_NAT,
         ONE_BLOCK=capacity <= block,
         BLOCK=block,
+        LISTED_BLOCK=min(block, _LISTED),
         SELECTED_BLOCK=triton.next_power_of_2(lanes.most_selected),
-        num_warps=min(32, max(4, block // 512)),
+        EARLY=early,
+        num_warps=min(16, max(4, block // 512)),
+        **launch_options(early),
     )
     return selected
 

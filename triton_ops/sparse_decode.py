@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import (
     HOT,
     NUM_RESIDENT,
@@ -18,12 +19,12 @@ from triton_ops.lanes import (
 )
 from triton_ops.resolve_hot_set import Resolved
 
-_SLOTS = 2
+_SLOTS = 4
 """Slots that one program reads at a time."""
-_ROWS = 64
+_ROWS = 128
 """Resident tokens that one program reads at a time."""
-_PROGRAMS = 264
-"""Programs to aim at: two for each multiprocessor of a large GPU. More would leave more partial results to merge."""
+_PROGRAMS = 528
+"""Programs to aim at: a step's latency is what counts, so few of them should have more than one block to read."""
 _MERGED_NUMBERS = 4096
 """Numbers that the merging program adds up at a time."""
 
@@ -154,6 +155,7 @@ def _sparse_decode_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs below SLOT_SPLITS read slots, the others resident tokens; the last of a head to arrive merges all."""
     split, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -166,6 +168,7 @@ def _sparse_decode_kernel(
     in_group, in_head = g < GROUP, h < HEAD_DIM
     ROW: tl.constexpr = 2 * HEAD_DIM
     q_ptr += b.to(tl.int64) * q_stride_b + n * GROUP * q_stride_a
+    wait_for_inputs(EARLY)
     q = tl.load(q_ptr + g[:, None] * q_stride_a + h[None, :], mask=in_group[:, None] & in_head[None, :], other=0.0)
     highest = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_BLOCK,), tl.float32)
@@ -335,6 +338,7 @@ def sparse_decode_triton(
     extent = torch.empty((batch * num_heads * splits * 2,), dtype=torch.float32, device=device)
     of_sentence = torch.empty((batch * num_heads * most_selected,), dtype=torch.float32, device=device)
     address_rows = lanes.address_rows(layer)
+    early = starts_early(q_BAH)
     _sparse_decode_kernel[(splits, num_kv_heads, batch)](
         q_BAH,
         k_BNH,
@@ -380,7 +384,11 @@ def sparse_decode_triton(
         SOFTCAP=softcap is not None,
         PRECISION="ieee" if dtype == torch.float32 else "tf32",
         DTYPE=element_type(dtype),
-        num_warps=4,
+        EARLY=early,
+        num_warps=8,
+        num_stages=1,
+        maxnreg=128,
+        **launch_options(early),
     )
     return output
 
