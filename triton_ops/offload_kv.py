@@ -47,7 +47,7 @@ def _offload_kv_kernel(
     slab_ptr += (depth * num_slabs + tl.load(place_ptr + p * 4 + PLACE_SLAB)) * 2
     row = n * tl.load(slab_ptr + 1) + tl.load(place_ptr + p * 4 + PLACE_ROW)
     target_ptr = tl.multiple_of(tl.load(slab_ptr).to(tl.pointer_type(DTYPE)), 16) + row * ROW
-    source_ptr = kv_ptr + depth.to(tl.int64) * stride_depth + n * stride_head + start * ROW
+    source_ptr = kv_ptr + depth.to(tl.int64) * stride_depth + n.to(tl.int64) * stride_head + start * ROW
     i = tl.arange(0, BLOCK)
     mask = i < length * ROW
     tl.store(target_ptr + i, tl.load(source_ptr + i, mask=mask), mask=mask)
