@@ -7,6 +7,7 @@ recorded again only if a lane outgrows those tables. Between two replays session
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -46,16 +47,27 @@ class Stepper:
     as some mixtures of experts do) is run eagerly, and a warning says so once.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
+    def __init__(self, model: PreTrainedModel, policy: Policy, *, graph: bool = True, fuse: bool = True) -> None:
+        """
+        Args:
+            graph: False runs every step eagerly, as where there is no GPU.
+            fuse: False leaves the model's own layers as they are.
+        """
         self._model = model
         self._policy = policy
+        self._fuse = fuse
         self._recording_of: dict[int, _Recording] = {}
         self._pool: Any = None
         self._fused: FusedLayers | None = None
         self.num_recorded = 0
         """Graphs recorded so far, those recorded again included."""
-        self.records = model.device.type == "cuda" and policy.reads != "everything"
+        self.records = graph and model.device.type == "cuda" and policy.reads != "everything"
         """Whether steps are replayed graphs."""
+
+    @property
+    def num_fused(self) -> int:
+        """Layers that run as fused kernels in recorded steps."""
+        return 0 if self._fused is None else self._fused.num_fused
 
     @torch.inference_mode()
     def step(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Tensor:
@@ -88,9 +100,9 @@ class Stepper:
         return logits_BV[: len(sessions)]
 
     def _run(self, recording: _Recording) -> Tensor:
-        if self._fused is None:
+        if self._fused is None and self._fuse:
             self._fused = FusedLayers(self._model)
-        with self._fused.active():
+        with self._fused.active() if self._fused is not None else contextlib.nullcontext():
             return run_model(self._model, recording.ids_B, recording.position_B, recording.batch)
 
     def _record(self, recording: _Recording) -> None:

@@ -150,15 +150,17 @@ class SessionLane(Lane):
         self._make_hot_set(places.num_sentences)
 
     def _max_selected(self, places: Places) -> int:
-        """Sentences that one step may select: half as many again as the budget holds of average ones.
+        """Sentences that one step may select: half as many again as the budget holds of average ones, but not more than
+        the hot set is meant to hold.
 
         Between that and the shortest possible ones lies mostly empty space in the slots.
         """
         room_tokens = self._config.room_tokens
         if places.num_tokens <= room_tokens:
             return max(places.num_sentences, 1)
-        average = places.num_tokens / places.num_sentences
-        return min(self._config.max_selected, math.ceil(1.5 * room_tokens / average))
+        expected = room_tokens * places.num_sentences / places.num_tokens
+        most = max(self._config.num_slots, math.ceil(expected))
+        return min(self._config.max_selected, most, math.ceil(1.5 * expected))
 
     def _make_resident(self, recent: Mapping[int, Tensor], rows: int) -> None:
         """Buffers of so many rows, with `recent` in the first."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _LARGE_SLAB_TOKENS = 4096
 _SMALL_SLAB_TOKENS = 256
-_TABLE_ROOM = 256
+_TABLE_ROOM = 64
 """Rows that a growing summary table makes room for at once, or a 64th of it: were it doubled, the first sentence that a
 reply closes would double the summaries of the whole context."""
 

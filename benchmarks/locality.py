@@ -1,0 +1,142 @@
+"""How much of what a token reads was read shortly before: hit rates of the hot set on real text, by its size.
+
+    python -m benchmarks.locality --text book.txt --context 32768 --budgets 512,2048
+
+Reads the first part of a text, then feeds its next tokens one by one, as generation would if it wrote that text. Every
+selection is recorded, and hot sets of several sizes are simulated on the record (least recently used leaves, as in the
+engine); the engine's own hit rate is printed beside the simulation of its own size, which it must equal.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks import report
+from sentencekv import LongContextLM, pocket
+from sentencekv.policies import Policy, available, load
+from sentencekv.prompts import encode, section
+from triton_ops import Lanes
+
+Selections = dict[tuple[int, int], list[list[int]]]
+"""For each layer and KV head, the sentences selected at each step."""
+
+
+def hit_rate(selections: Selections, num_slots: int) -> float:
+    """Of a hot set of so many slots for each layer and KV head."""
+    hits = total = 0
+    for steps in selections.values():
+        slot_of: dict[int, int] = {}
+        held: list[int | None] = [None] * num_slots
+        last_used = [-1] * num_slots
+        for step, selected in enumerate(steps):
+            missed = [sentence for sentence in selected if sentence not in slot_of]
+            hits, total = hits + len(selected) - len(missed), total + len(selected)
+            for sentence in selected:
+                if sentence in slot_of:
+                    last_used[slot_of[sentence]] = step
+            # As the engine: of equally old slots the first are taken, in order.
+            free = (slot for slot in range(num_slots) if last_used[slot] < step)
+            victims = sorted(sorted(free, key=lambda slot: (last_used[slot], slot))[: len(missed)])
+            for sentence, slot in zip(missed, victims, strict=True):
+                if held[slot] is not None:
+                    slot_of.pop(held[slot])  # type: ignore[arg-type]
+                held[slot], last_used[slot], slot_of[sentence] = sentence, step, slot
+    return hits / max(total, 1)
+
+
+def record(lm: LongContextLM, text: str, context_tokens: int, num_steps: int) -> tuple[Selections, dict[str, Any]]:
+    """Selections while `num_steps` tokens of a text are fed after `context_tokens` of it, and what the engine counted."""
+    engine = lm._engine
+    prompt = encode(lm.tokenizer, text, lm.config, special_tokens=True)
+    if len(prompt.token_ids) < context_tokens + num_steps:
+        raise typer.BadParameter(
+            f"the text has {len(prompt.token_ids)} tokens and {context_tokens + num_steps} are needed; give a longer "
+            "one, or a smaller --context"
+        )
+    session = engine.session()
+    engine.read([session], [section(prompt, 0, context_tokens, [])])
+    session.expect([end for end in prompt.ends if end > max(context_tokens, session.last_expected_end)])
+    selections: Selections = {}
+
+    def select(policy: Policy, q_BAH: Tensor, lanes: Lanes, layer: int, **options: Any) -> Tensor:
+        selected = original(policy, q_BAH, lanes, layer, **options)
+        for head, ids in enumerate(selected[0].tolist()):
+            selections.setdefault((layer, head), []).append([sentence for sentence in ids if sentence >= 0])
+        return selected
+
+    original = Policy.select
+    with mock.patch.object(Policy, "select", select):
+        for step in range(num_steps):
+            engine.stepper.step([session], [prompt.token_ids[context_tokens + step]])
+    lane = session.lane()
+    counted = {
+        "hit_rate": session.traffic.hit_rate,
+        "num_slots": lane.num_slots,
+        "selected_per_step": session.traffic.num_selected / num_steps / len(selections),
+        "sentences": session.num_sentences,
+        "mean_sentence_tokens": context_tokens / max(session.num_sentences, 1),
+    }
+    return selections, counted
+
+
+def main(
+    text: Annotated[Path, typer.Option(help="A text file, long enough for context and steps.")],
+    model: Annotated[str | None, typer.Option(help="Model folder; left out: the embedded model.")] = None,
+    context: Annotated[int, typer.Option(min=256, help="Tokens that are read.")] = 32768,
+    steps: Annotated[int, typer.Option(min=2, help="Tokens fed one by one after them.")] = 96,
+    budgets: Annotated[str, typer.Option(help="Budgets in tokens, separated by commas.")] = "512,2048",
+    policies: Annotated[str, typer.Option(help="Policies that select.")] = "codes,moments",
+    sizes: Annotated[str, typer.Option(help="Sizes of the hot set, in budgets.")] = "1.25,1.5,2,3,4",
+) -> None:
+    """Print hit rates by policy, budget and size of the hot set; the last line is JSON."""
+    names = policies.split(",")
+    selecting = [name for name in available() if load(name).reads == "selected"]
+    if not set(names) <= set(selecting):
+        raise typer.BadParameter(f"policies must be among {', '.join(selecting)}; got {policies!r}")
+    multiples = [float(size) for size in sizes.split(",")]
+    content = text.read_text(encoding="utf-8")
+    base = LongContextLM.from_pretrained(model or str(pocket.path()))
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        for budget in map(int, budgets.split(",")):
+            lm = base.with_config(policy=name, budget_tokens=budget)
+            with torch.inference_mode():
+                selections, counted = record(lm, content, context, steps)
+            simulated = hit_rate(selections, counted["num_slots"])
+            if abs(simulated - counted["hit_rate"]) > 1e-6:
+                raise RuntimeError(f"the engine counted a hit rate of {counted['hit_rate']}, simulated is {simulated}")
+            slot_tokens = lm.config.max_sentence_tokens
+            by_size = {
+                multiple: hit_rate(selections, max(int(multiple * budget / slot_tokens), most_selected(selections)))
+                for multiple in multiples
+            }
+            rows.append({"policy": name, "budget_tokens": budget, **counted, "hit_rate_of_size": by_size})
+    header = ["policy", "budget", "engine's own", *(f"{multiple:g} budgets" for multiple in multiples)]
+    cells = [
+        [
+            row["policy"],
+            str(row["budget_tokens"]),
+            f"{row['hit_rate']:.3f}",
+            *(f"{row['hit_rate_of_size'][multiple]:.3f}" for multiple in multiples),
+        ]
+        for row in rows
+    ]
+    print(f"{context} tokens of {text.name}, {steps} steps; slots of {base.config.max_sentence_tokens} tokens")
+    print(report.markdown_table(header, cells))
+    print(json.dumps({"benchmark": "locality", "context_tokens": context, "steps": steps, "rows": rows}))
+
+
+def most_selected(selections: Selections) -> int:
+    """The most sentences that one step selects for one head: a hot set has at least so many slots."""
+    return max(len(selected) for steps in selections.values() for selected in steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)
