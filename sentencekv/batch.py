@@ -47,19 +47,28 @@ class LaneBatch:
                 some.device,
                 num_kv_heads=lanes[0].resident_kv[layer].shape[0],
                 capacity=_room(max(lane.num_sentences for lane in lanes) + 1, 64),
-                most_selected=max(lane.max_selected for lane in lanes),
+                most_selected=-(-max(lane.max_selected for lane in lanes) // 32) * 32,
                 most_slots=_room(max(lane.num_slots for lane in lanes), 1),
                 max_parts=_room(max(len(lane.parts) for lane in lanes), 2),
                 slot_tokens=some.config.max_sentence_tokens,
             )
         assert self._lanes is not None
-        seated = [(id(lane), lane.version) for lane in lanes]
+        seated = [(lane.serial, lane.version) for lane in lanes]
         if changed or seated != self._seated:
             self._lanes.seat(lanes)
             self._seated = seated
         else:
+            self._lanes.lanes = list(lanes)
             self._lanes.count()
         return changed
+
+    def forget(self) -> None:
+        """Let go of the sessions: what was launched goes on, and a session that ends meanwhile gives its memory back.
+
+        The next launch needs `seat`, which does nothing twice if nothing changed.
+        """
+        if self._lanes is not None:
+            self._lanes.forget()
 
     def vacate(self) -> None:
         """Take all sessions out: until `seat`, launches read and write nothing of any session."""

@@ -95,6 +95,7 @@ class Stepper:
             recording.graph.replay()
             assert recording.logits_BV is not None
             logits_BV = recording.logits_BV
+        recording.batch.forget()
         for session in sessions:
             session.end()
         return logits_BV[: len(sessions)]

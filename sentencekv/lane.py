@@ -8,6 +8,7 @@ closes sentences. Knows tensors, extents and configuration; nothing of policies'
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from sentencekv.config import Config
 from sentencekv.store import Extent, Places, Run
 from triton_ops import Lane, Part, offload_kv
+
+_SERIALS = itertools.count()
 
 _ROOM = 64
 """Entries by which tables of sentences grow."""
@@ -48,6 +51,8 @@ class SessionLane(Lane):
         """
         self._config, self._selects = config, selects
         self.layers = sorted(recent)
+        self.serial = next(_SERIALS)
+        """Of this lane alone, also after it is gone."""
         self.version = 0
         shapes = {(kv.shape[0], *kv.shape[2:]) for kv in recent.values()}
         if len(shapes) > 1:

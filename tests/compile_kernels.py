@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from tests.lanes import random_batch, random_heads
 from triton_ops import Lanes, Resolved, Scores
 from triton_ops.gated_linear import gated_linear_triton
+from triton_ops.encode_keys import encode_keys_triton
 from triton_ops.gather_kv import gather_kv_triton
 from triton_ops.linear import linear_triton
 from triton_ops.offload_kv import offload_kv_triton
@@ -32,6 +33,7 @@ from triton_ops.score_codes import score_codes_triton
 from triton_ops.score_sentences import score_sentences_triton
 from triton_ops.select_sentences import select_sentences_triton
 from triton_ops.sparse_decode import sparse_decode_triton
+from triton_ops.summarize import summarize_triton
 
 
 class Shape(NamedTuple):
@@ -137,6 +139,17 @@ def sparse_decode(shape: Shape) -> None:
         sparse_decode_triton(q, k, v, lanes, 1, None, None, scale=0.1, sliding=True)
 
 
+def summarize(shape: Shape) -> None:
+    key = torch.zeros(64, shape.heads, 2, shape.dim, dtype=shape.dtype)[:, :, 0]
+    summarize_triton(key, torch.tensor([0, 32, 64]))
+
+
+def encode_keys(shape: Shape) -> None:
+    key = torch.zeros(64, shape.heads, 2, shape.dim, dtype=shape.dtype)[:, :, 0]
+    for bits in (1, 2, 4):
+        encode_keys_triton(key, torch.zeros(2, *key.shape[1:2], 2, shape.dim), torch.tensor([0, 32, 64]), bits=bits)
+
+
 def of_layer(shape: Shape, batch: int, num_out: int, num_in: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, weights and a norm of a linear layer."""
     x, weight, norm = torch.empty(batch, num_in), torch.empty(num_out, num_in), torch.empty(num_in)
@@ -177,6 +190,8 @@ OPS: dict[str, Callable[[Shape], None]] = {
         resolve_hot_set,
         gather_kv,
         offload_kv,
+        summarize,
+        encode_keys,
         sparse_decode,
         linear,
         gated_linear,

@@ -1,6 +1,7 @@
 """Sessions side by side: packed into one pass, or one token each through lanes; kernels and references alike."""
 
 import dataclasses
+import gc
 import importlib
 from collections.abc import Callable
 
@@ -130,6 +131,21 @@ def test_seating_says_when_launches_change(device: torch.device) -> None:
         run(fork, tokens, fork.num_tokens + 10, exact=True)
         step(batch, [fork], [tokens])
         assert len(fork.lane().parts) == generation + 2
+
+
+def test_an_ended_session_gives_its_memory_back(device: torch.device) -> None:
+    """While the batch that it decoded in lives on, for the next one."""
+    tokens = Tokens.random(300, device)
+    session = reading_session(tokens, 280)
+    memory = session.memory
+    batch = LaneBatch(session.policy)
+    session.begin(1, exact=False)
+    batch.seat([session])
+    batch.forget()
+    assert memory.in_use_bytes > 0
+    del session
+    gc.collect()
+    assert memory.in_use_bytes == 0
 
 
 def test_an_exact_pass_between_steps_makes_a_new_lane(device: torch.device) -> None:

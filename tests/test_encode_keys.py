@@ -6,10 +6,10 @@ from torch import Tensor
 
 from tests.lanes import random_lengths
 from triton_ops import summarize
-from triton_ops.encode_keys import encode_keys, encode_keys_ref
+from triton_ops.encode_keys import encode_keys, encode_keys_ref, encode_keys_triton
 from triton_ops.score_codes import decode_keys_ref
 
-OPS = [encode_keys, encode_keys_ref]
+OPS = [encode_keys, encode_keys_ref, encode_keys_triton]
 LENGTHS = [*random_lengths(9, 32), 1, 1]
 
 

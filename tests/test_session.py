@@ -101,6 +101,7 @@ def test_budget_holds_for_every_head(name: str, device: torch.device, monkeypatc
     cls = policies.policy_class(name)
     select = Policy.select
     monkeypatch.setattr(cls, "select", lambda *args, **kw: selections.append(select(*args, **kw)) or selections[-1])
+    most_selected = session.lane().max_selected
     for stop in range(381, 401):
         run(session, tokens, stop, exact=False)
         recent = stop - session.sentence_spans()[-1][1]
@@ -111,7 +112,8 @@ def test_budget_holds_for_every_head(name: str, device: torch.device, monkeypatc
         tokens_read = torch.where(selected >= 0, lengths[selected.clamp(min=0).long()], 0).sum(-1)
         assert (tokens_read <= CONFIG.room_tokens).all()
         almost_full = tokens_read > CONFIG.room_tokens - 2 * CONFIG.max_sentence_tokens
-        assert (almost_full | (selected >= 0).all(-1)).all(), "the budget is used"
+        most_are_taken = (selected >= 0).sum(-1) >= most_selected
+        assert (almost_full | most_are_taken).all(), "the budget is used"
 
 
 def test_moments_finds_the_sentence_that_holds_the_mass(device: torch.device) -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.lanes import random_lengths
-from triton_ops.summarize import summarize, summarize_ref
+from triton_ops.summarize import summarize, summarize_ref, summarize_triton
 
-OPS = [summarize, summarize_ref]
+OPS = [summarize, summarize_ref, summarize_triton]
 
 
 @pytest.mark.parametrize("op", OPS)

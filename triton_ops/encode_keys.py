@@ -1,6 +1,8 @@
 """Keys as codes of a few bits per dimension, within the bounding box of their sentence."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -34,6 +36,80 @@ def encode_keys_ref(key_TNH: Tensor, box_SN2H: Tensor, offsets: Tensor, *, bits:
     return packed
 
 
+@triton.jit
+def _encode_keys_kernel(
+    key_ptr,
+    box_ptr,
+    offset_ptr,
+    code_ptr,
+    stride_t,
+    stride_n,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One sentence and KV head."""
+    s, n = tl.program_id(0), tl.program_id(1)
+    num_heads = tl.num_programs(1)
+    start = tl.load(offset_ptr + s)
+    stop = tl.load(offset_ptr + s + 1)
+    w = tl.arange(0, WIDTH_BLOCK)
+    LEVELS: tl.constexpr = 1 << BITS
+    key_ptr += n.to(tl.int64) * stride_n
+    box_ptr += (s.to(tl.int64) * num_heads + n) * (2 * HEAD_DIM)
+    for first in range(start, stop, BLOCK):
+        t = first + tl.arange(0, BLOCK)
+        packed = tl.zeros((BLOCK, WIDTH_BLOCK), tl.int32)
+        for i in tl.static_range(8 // BITS):
+            h = i * WIDTH + w
+            in_head = (w < WIDTH) & (h < HEAD_DIM)
+            low = tl.load(box_ptr + h, mask=in_head, other=0.0).to(tl.float32)
+            high = tl.load(box_ptr + HEAD_DIM + h, mask=in_head, other=0.0).to(tl.float32)
+            mask = (t < stop)[:, None] & in_head[None, :]
+            key = tl.load(key_ptr + t[:, None] * stride_t + h[None, :], mask=mask, other=0.0).to(tl.float32)
+            width = tl.maximum(high - low, 1.1754943508222875e-38)
+            level = tl.floor(tl.div_rn(key - low[None, :], tl.broadcast_to(width[None, :], key.shape)) * LEVELS)
+            level = tl.minimum(tl.maximum(level, 0.0), LEVELS - 1.0)
+            packed |= tl.where(mask, level, 0.0).to(tl.int32) << (BITS * i)
+        row = (t.to(tl.int64) * num_heads + n) * WIDTH
+        tl.store(
+            code_ptr + row[:, None] + w[None, :],
+            packed.to(tl.uint8),
+            mask=(t < stop)[:, None] & (w < WIDTH)[None, :],
+        )
+
+
+def encode_keys_triton(key_TNH: Tensor, box_SN2H: Tensor, offsets: Tensor, *, bits: int) -> Tensor:
+    """Packed codes by one kernel, a program for each sentence and KV head."""
+    assert bits in (1, 2, 4)
+    num_tokens, num_heads, head_dim = key_TNH.shape
+    num_sentences = offsets.numel() - 1
+    assert key_TNH.stride(2) == 1
+    assert box_SN2H.is_contiguous()
+    assert offsets.is_contiguous()
+    width = triton.cdiv(head_dim, 8 // bits)
+    code = torch.empty((num_tokens, num_heads, width), dtype=torch.uint8, device=key_TNH.device)
+    if num_sentences:
+        _encode_keys_kernel[(num_sentences, num_heads)](
+            key_TNH,
+            box_SN2H,
+            offsets,
+            code,
+            key_TNH.stride(0),
+            key_TNH.stride(1),
+            HEAD_DIM=head_dim,
+            WIDTH=width,
+            WIDTH_BLOCK=triton.next_power_of_2(width),
+            BITS=bits,
+            BLOCK=32,
+            num_warps=4,
+        )
+    return code
+
+
 def encode_keys(key_TNH: Tensor, box_SN2H: Tensor, offsets: Tensor, *, bits: int) -> Tensor:
     """Packed codes of keys; see `encode_keys_ref`."""
-    return encode_keys_ref(key_TNH, box_SN2H, offsets, bits=bits)
+    op = encode_keys_triton if key_TNH.is_cuda else encode_keys_ref
+    return op(key_TNH, box_SN2H, offsets, bits=bits)

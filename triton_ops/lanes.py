@@ -235,6 +235,10 @@ class Lanes:
         self.address_of.zero_()
         self.count_of.zero_()
 
+    def forget(self) -> None:
+        """Let go of what is seated: launches so far are not affected, new ones need `seat` first."""
+        self.lanes = []
+
     def count(self) -> None:
         """Bring the counts of all seated lanes to the device."""
         for i, lane in enumerate(self.lanes):
