@@ -114,11 +114,13 @@ class Stepper:
         with torch.cuda.stream(side):
             for _ in range(_WARMUP_RUNS):
                 self._run(recording)
-        torch.cuda.current_stream(self._model.device).wait_stream(side)
+        current = torch.cuda.current_stream(self._model.device)
+        current.wait_stream(side)
         torch.cuda.synchronize(self._model.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # The outer context brings the stream back where recording fails.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, pool=self._pool):
                 recording.logits_BV = self._run(recording)
         except RuntimeError as error:
             self.records = False
