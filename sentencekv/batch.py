@@ -54,12 +54,11 @@ class LaneBatch:
             )
         assert self._lanes is not None
         seated = [(lane.serial, lane.version) for lane in lanes]
-        if changed or seated != self._seated:
-            self._lanes.seat(lanes)
-            self._seated = seated
-        else:
-            self._lanes.lanes = list(lanes)
-            self._lanes.count()
+        before = [] if changed else self._seated
+        moved = [i for i, mark in enumerate(seated) if i >= len(before) or before[i] != mark]
+        left = len(before) > len(seated)
+        self._lanes.seat(lanes, None if changed or left else moved)
+        self._seated = seated
         return changed
 
     def forget(self) -> None:

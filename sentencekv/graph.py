@@ -22,6 +22,7 @@ from sentencekv.batch import LaneBatch
 from sentencekv.fused import FusedLayers
 from sentencekv.policies import Policy
 from sentencekv.session import Session
+from triton_ops.lanes import Mirrored
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ class _Recording:
     """A graph for one number of lanes, with the tensors that it reads and writes."""
 
     batch: LaneBatch
-    ids_B: Tensor
-    position_B: Tensor
+    inputs: Mirrored
+    """int64 `[2, B]`: token ids, positions."""
     graph: torch.cuda.CUDAGraph | None = None
     logits_BV: Tensor | None = None
 
@@ -77,8 +78,8 @@ class Stepper:
         num_lanes = 1 << (len(sessions) - 1).bit_length()
         recording = self._recording_of.get(num_lanes)
         if recording is None:
-            ids_B = torch.zeros(num_lanes, dtype=torch.int64, device=self._model.device)
-            recording = _Recording(LaneBatch(self._policy), ids_B, torch.zeros_like(ids_B))
+            inputs_of = Mirrored((2, num_lanes), torch.int64, self._model.device)
+            recording = _Recording(LaneBatch(self._policy), inputs_of)
             self._recording_of[num_lanes] = recording
         for session in sessions:
             session.begin(1, exact=False)
@@ -86,9 +87,9 @@ class Stepper:
             recording.batch.vacate()
             self._record(recording)
             recording.batch.seat(sessions, num_lanes)
-        inputs = torch.tensor([list(token_ids), [session.num_tokens for session in sessions]]).pin_memory()
-        recording.ids_B[: len(sessions)].copy_(inputs[0], non_blocking=True)
-        recording.position_B[: len(sessions)].copy_(inputs[1], non_blocking=True)
+        with recording.inputs.writing() as inputs:
+            row = [list(token_ids), [session.num_tokens for session in sessions]]
+            inputs[:, : len(sessions)] = torch.tensor(row)
         if recording.graph is None:
             logits_BV = self._run(recording)
         else:
@@ -104,7 +105,7 @@ class Stepper:
         if self._fused is None and self._fuse:
             self._fused = FusedLayers(self._model)
         with self._fused.active() if self._fused is not None else contextlib.nullcontext():
-            return run_model(self._model, recording.ids_B, recording.position_B, recording.batch)
+            return run_model(self._model, recording.inputs.on_device[0], recording.inputs.on_device[1], recording.batch)
 
     def _record(self, recording: _Recording) -> None:
         """Record the pass over lanes that hold nothing, so that running it for warm-up leaves no trace."""

@@ -21,8 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from tests.lanes import random_batch, random_heads
 from triton_ops import Lanes, Resolved, Scores
-from triton_ops.gated_linear import gated_linear_triton
 from triton_ops.encode_keys import encode_keys_triton
+from triton_ops.gated_linear import gated_linear_triton
 from triton_ops.gather_kv import gather_kv_triton
 from triton_ops.linear import linear_triton
 from triton_ops.offload_kv import offload_kv_triton

@@ -1,52 +1,101 @@
-"""The decode benchmark runs on a CPU, checks before it times, and reports what it should."""
+"""The benchmarks run on a CPU, check before they time, and report what they should."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
 
-from benchmarks import decode, workload
+from benchmarks import decode, rows, workload
+from benchmarks.forced import Forced, force_ref, force_triton
+from sentencekv.attention import forward
+from sentencekv.batch import LaneBatch
+from sentencekv.config import Config
+from sentencekv.policies import load
+from sentencekv.session import Session
+from sentencekv.store import HostMemory
+from triton_ops import Scores
 
-SMALL = {
+CPU = torch.device("cpu")
+
+SMALL: dict[str, Any] = {
     "shape": "tiny",
-    "context": 600,
-    "budgets": "128,256",
-    "policy": "moments",
+    "contexts": "600",
+    "policies": "moments",
+    "budgets": "256",
+    "hit_rates": "0.85",
+    "batches": "1",
     "new_tokens": 2,
-    "warmup_tokens": 1,
-    "full_tokens": 1,
+    "warmup_tokens": 2,
+    "eager_tokens": 1,
+    "baselines": True,
+    "offloaded_up_to": 131072,
+    "before_after": 0,
     "device": "cpu",
     "dtype": "float32",
+    "seed": 0,
+    "profile": False,
+    "source_commit": "abc",
+    "save": None,
 }
 
 
-def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
-    decode.main(**SMALL, profile=True, source_commit="abc")
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return workload.make_model("tiny", CPU, torch.float32, 40000, 0)
+
+
+def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    changes = {"contexts": "600,900", "policies": "moments,codes", "hit_rates": "0,0.85,natural", "batches": "1,3"}
+    decode.main(**{**SMALL, **changes, "before_after": 900, "profile": True, "save": tmp_path / "made" / "all"})
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert result["benchmark"] == "decode"
-    assert (result["shape"], result["context_tokens"], result["seed"]) == ("tiny", 600, 0)
+    assert (result["shape"], result["contexts"], result["seed"]) == ("tiny", [600, 900], 0)
     assert result["commit"] == "abc"
     assert result["versions"]["torch"]
     assert result["hardware"]["device"] == "cpu"
     assert result["copy_bandwidth_bytes_per_second"] > 0
-    assert result["check"]["passed"]
-    assert result["check"]["relative_error"] < 1e-5 < result["check"]["control_relative_error"]
+    assert [done["policy"] for done in result["checks"]] == ["moments", "codes"]
+    for done in result["checks"]:
+        assert done["passed"]
+        assert done["relative_error"] < 1e-5 < done["control_relative_error"]
 
-    rows = {row["variant"]: row for row in result["variants"]}
-    assert list(rows) == ["transformers", "moments 128", "moments 256", "window", "full"]
-    for row in rows.values():
-        assert 0 < row["tpot_ms_p10"] <= row["tpot_ms_median"] <= row["tpot_ms_p90"]
+    found = {(decode.label(row), row["context_tokens"], row["batch"]): row for row in result["rows"]}
+    assert len(found) == len(result["rows"]) == 2 * (4 + 2 * 2 * 3) + 2
+    skipped = {label: row["status"] for (label, _, _), row in found.items() if row["status"] != "ok"}
+    assert skipped == {
+        "transformers, offloaded": "skipped: offloading needs a GPU",
+        "flashinfer, attention alone": "skipped: flashinfer is not installed",
+    }
+    for row in result["rows"]:
         assert row["floor_ms"] > 0
-        assert row["kv_gpu_bytes"] > 0
-    for name in ("moments 128", "moments 256"):
-        assert 0 <= rows[name]["hit_rate"] <= 1
-        assert set(rows[name]["profile"]["stages"]) >= {"select", "resolve_hot_set", "sparse_decode"}
-    assert rows["window"]["kv_gpu_bytes"] < rows["moments 128"]["kv_gpu_bytes"] < rows["moments 256"]["kv_gpu_bytes"]
-    assert rows["moments 128"]["kv_host_bytes"] > rows["transformers"]["kv_host_bytes"] == 0
+        if row["status"] == "ok":
+            assert 0 < row["tpot_ms_p10"] <= row["tpot_ms_median"] <= row["tpot_ms_p90"]
+            assert row["times_floor"] == pytest.approx(row["tpot_ms_median"] / row["floor_ms"])
+            assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["tpot_ms_median"] * 1e3)
+            assert row["kv_gpu_bytes"] > 0
+            assert row["relative_error"] is None or row["relative_error"] < 1e-5
+            assert (row["relative_error"] is None) == (row["variant"] == "transformers")
+            assert ("times_shortest" in row) == (row["variant"] not in ("eager", "graph, modules as they are"))
+    one, three = (found["moments 256, hit 0.85, graph, fused", 900, batch] for batch in (1, 3))
+    assert one["hot_bytes"] + one["summary_bytes"] + one["resident_bytes"] + one["table_bytes"] == one["kv_gpu_bytes"]
+    assert one["kv_host_bytes"] == three["kv_host_bytes"] > found["transformers", 900, 1]["kv_host_bytes"] == 0
+    assert three["summary_bytes"] == 3 * one["summary_bytes"]
+    assert three["hot_bytes"] == 3 * one["hot_bytes"]
+    assert "host KV" in three["shared"]
+    assert (
+        one["fetched_bytes_per_token"] < found["moments 256, hit 0.00, graph, fused", 900, 1]["fetched_bytes_per_token"]
+    )
+    assert one["profile"]["host_waits"] == {"before": 0, "while": 0, "after": 0}
+    assert "moments 256, hit 0.85, eager" in {label for label, context, _ in found if context == 900}
+
     table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 2 + len(rows)
-    assert len({len(line) for line in table}) == 1, "the table is not aligned"
+    assert len({len(line) for line in table[: 2 + len(found)]}) == 1, "the table is not aligned"
+    assert json.loads((tmp_path / "made" / "all.json").read_text()) == result
+    assert (tmp_path / "made" / "all.md").read_text().splitlines() == lines[:-1]
 
 
 def test_decode_refuses_to_time_what_fails_its_check(
@@ -65,14 +114,44 @@ def test_decode_refuses_to_time_what_fails_its_check(
     assert "not timed" in captured.err
 
 
+def test_a_variant_that_fails_its_check_is_not_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = rows.graph_step
+
+    def wrong(*arguments: Any) -> Any:
+        step = right(*arguments)
+        return lambda tokens: 1.1 * step(tokens)
+
+    monkeypatch.setattr(rows, "graph_step", wrong)
+    decode.main(**SMALL)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for row in result["rows"]:
+        assert ("tpot_ms_median" in row) == (row["status"] == "ok")
+        if "graph" in row["variant"]:
+            assert row["status"].startswith("failed its check: differs by 0.1")
+
+
+def test_what_does_not_fit_is_skipped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(rows.report, "free_device_bytes", lambda _: 1000)
+    decode.main(**SMALL)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["rows"]) == 5
+    assert all(row["status"].startswith("skipped: ") for row in result["rows"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"shape": "llama-9b"}, "unknown shape"),
-        ({"policy": "best"}, "one that selects.*got 'best'"),
-        ({"policy": "full"}, "one that selects.*got 'full'"),
+        ({"policies": "moments,best"}, "one that selects.*got 'best'"),
+        ({"policies": "full"}, "one that selects.*got 'full'"),
         ({"budgets": "64"}, "must exceed"),
         ({"budgets": "many"}, "whole numbers"),
+        ({"contexts": "100"}, "at least 256"),
+        ({"hit_rates": "1.5"}, "from 0 to 1"),
+        ({"hit_rates": "often"}, "numbers or 'natural'"),
         ({"dtype": "int8"}, "dtype must be"),
     ],
 )
@@ -81,11 +160,82 @@ def test_decode_refuses_bad_options(changes: dict[str, str], message: str) -> No
         decode.main(**{**SMALL, **changes})
 
 
-def test_sentences_cover_the_context() -> None:
-    model = workload.make_model("tiny", decode.torch.device("cpu"), decode.torch.float32, 1024, 0)
-    config = decode.Config()
-    ends = workload.Context(model, 900, 40, 0).sentence_ends(config)
+def test_sentences_cover_the_context(tiny: Any) -> None:
+    config = Config()
+    ends = workload.Context(tiny, 900, 40, 0).sentence_ends(config)
     lengths = [stop - start for start, stop in zip([config.sink_tokens, *ends], ends, strict=False)]
     assert min(lengths) >= config.min_sentence_tokens
     assert max(lengths) <= config.max_sentence_tokens
     assert 940 - config.max_sentence_tokens < ends[-1] <= 940
+
+
+def test_chunks_make_one_context(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session filled in chunks, and its twins, decode like the same KV in transformers' cache."""
+    monkeypatch.setattr(workload, "CHUNK_TOKENS", 256)
+    context = workload.Context(tiny, 700, 4, 0)
+    memory = HostMemory(None, pinned=False)
+    session = context.session(Config(policy="moments", budget_tokens=1000), memory)
+    sessions = [session.fork(), workload.twin(session), workload.twin(session, load("codes"))]
+    assert [made.policy for made in sessions] == [load("moments"), load("moments"), load("codes")]
+    assert memory.in_use_bytes == session.host_bytes == sessions[2].host_bytes
+    token = context.token_ids()[0]
+    want = decode.dense_step(tiny, context.cache())([token])
+    for made in sessions:
+        torch.testing.assert_close(forward(tiny, [[token]], [made], exact=False), want, rtol=1e-4, atol=1e-4)
+
+
+def decoded(tiny: Any, context_tokens: int, budget: int, hit_rate: float) -> Session:
+    """After 48 tokens at a forced hit rate, counted from the ninth on; some sentences close on the way."""
+    context = workload.Context(tiny, context_tokens, 60, 0)
+    session = context.session(Config(policy="moments", budget_tokens=budget), HostMemory(None, pinned=False))
+    forced = Forced.of(session)
+    forced.set_hit_rate(hit_rate)
+    session.policy = forced
+    num_sentences = session.num_sentences
+    for i, token in enumerate(context.token_ids()[:56]):
+        if i == 8:
+            session.traffic.reset()
+        forward(tiny, [[token]], [session], exact=False)
+    assert session.num_sentences > num_sentences
+    return session
+
+
+@pytest.mark.parametrize("hit_rate", [0.0, 0.6, 0.85, 0.95])
+@pytest.mark.parametrize(("context_tokens", "budget"), [(32768, 2048), (4096, 512), (2048, 256)])
+def test_forced_hit_rate(tiny: Any, context_tokens: int, budget: int, hit_rate: float) -> None:
+    session = decoded(tiny, context_tokens, budget, hit_rate)
+    assert session.traffic.hit_rate == pytest.approx(hit_rate, abs=0.02)
+    # The budget is used: all but a sentence of it.
+    per_step = session.traffic.num_selected / session.traffic.steps / 4
+    assert per_step * 21 > 0.9 * session.config.room_tokens
+
+
+def test_forced_order_wraps_round_where_the_hot_set_is_large(tiny: Any) -> None:
+    """At twice the budget, sentences come round again; hits that are asked for are still exact."""
+    for hit_rate in (0.6, 0.85, 0.95):
+        assert decoded(tiny, 4096, 2048, hit_rate).traffic.hit_rate == pytest.approx(hit_rate, abs=0.02)
+
+
+def test_forcing_kernel_equals_its_reference(tiny: Any) -> None:
+    context = workload.Context(tiny, 700, 60, 0)
+    session = context.session(Config(policy="moments", budget_tokens=256), HostMemory(None, pinned=False))
+    forced = Forced.of(session)
+    forced.set_hit_rate(0.5)
+    sessions = [session.fork(), workload.twin(session)]
+    for step, token in enumerate(context.token_ids()[:30]):
+        forward(tiny, [[token]], sessions[: 1 + step % 2], exact=False)
+    batch = LaneBatch(session.policy)
+    batch.seat(sessions)
+    lanes = batch._lanes
+    assert lanes is not None
+    assert lanes.lanes[0].num_sentences > forced.start_S.numel()
+    made = []
+    for force in (force_ref, force_triton):
+        scores = Scores(torch.full((2, 2, 2, lanes.capacity), -torch.inf), torch.full((2, 2, 2, 3, 2), 7.0))
+        force(scores, lanes, forced.start_S, forced.moved, forced.num_tokens, 0.1)
+        made.append(scores)
+    for b, lane in enumerate(lanes.lanes):
+        logits = [scores.logit_BNGS[b, :, :, : lane.num_sentences] for scores in made]
+        torch.testing.assert_close(*logits)
+        assert logits[0][0, 0].unique().numel() >= forced.start_S.numel()
+    assert torch.equal(made[0].extent_BNGX2, made[1].extent_BNGX2)

@@ -9,8 +9,9 @@ Knows tensors and their places; nothing of policies, sessions or models.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -159,6 +160,25 @@ class Lane:
         return row
 
 
+class Mirrored:
+    """A small table on the device and its original in host memory; the host writes, and does not wait for the copy."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._on_host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        self.on_device = self._on_host.to(device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Tensor]:
+        """The original, to be written to; then it is copied, in the order of the device's work."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may still wait for its turn
+        yield self._on_host
+        self.on_device.copy_(self._on_host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+
 class Lanes:
     """A batch of lanes and its tables on the device.
 
@@ -188,13 +208,11 @@ class Lanes:
         self.most_selected, self.most_slots = most_selected, most_slots
         self.slot_tokens = slot_tokens
         self.device = device
-        pinned = device.type == "cuda"
         self._row_of = {layer: i for i, layer in enumerate(self.layers)}
         width = PARTS.value + 4 * max_parts
-        self._address_on_host = torch.zeros((len(self.layers), num_lanes, width), dtype=torch.int64, pin_memory=pinned)
-        self._count_on_host = torch.zeros((num_lanes, COUNT_FIELDS.value), dtype=torch.int32, pin_memory=pinned)
-        self.address_of = self._address_on_host.to(device)
-        self.count_of = self._count_on_host.to(device)
+        self._addresses = Mirrored((len(self.layers), num_lanes, width), torch.int64, device)
+        self._counts = Mirrored((num_lanes, COUNT_FIELDS.value), torch.int32, device)
+        self.address_of, self.count_of = self._addresses.on_device, self._counts.on_device
         self._scratch_of: dict[str, Tensor] = {}
 
     def scratch(self, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -218,17 +236,23 @@ class Lanes:
             for lane in lanes
         )
 
-    def seat(self, lanes: Sequence[Lane]) -> None:
-        """Put these sequences into the first lanes, addresses and counts; what ops read from the next launch on."""
+    def seat(self, lanes: Sequence[Lane], changed: Collection[int] | None = None) -> None:
+        """Put these sequences into the first lanes: what ops read from the next launch on.
+
+        `changed`: the lanes whose addresses are not what they were when last seated; None: all. Counts always move.
+        """
         assert self.fits(lanes)
         self.lanes = list(lanes)
-        self._address_on_host[:, len(lanes) :] = 0
-        self._count_on_host[len(lanes) :] = 0
-        for i, lane in enumerate(lanes):
-            rows = [lane.addresses(layer, self.max_parts) for layer in self.layers]
-            self._address_on_host[:, i] = torch.tensor(rows, dtype=torch.int64)
-        self.address_of.copy_(self._address_on_host)
-        self.count()
+        if changed is None or changed:
+            with self._addresses.writing() as address_of:
+                address_of[:, len(lanes) :] = 0
+                for i in range(len(lanes)) if changed is None else changed:
+                    rows = [lanes[i].addresses(layer, self.max_parts) for layer in self.layers]
+                    address_of[:, i] = torch.tensor(rows)
+        with self._counts.writing() as count_of:
+            count_of[len(lanes) :] = 0
+            for i, lane in enumerate(lanes):
+                count_of[i] = torch.tensor(lane.counts())
 
     def clear(self) -> None:
         """Empty all rows on the device; `lanes` go on saying what shapes to launch for."""
@@ -240,7 +264,5 @@ class Lanes:
         self.lanes = []
 
     def count(self) -> None:
-        """Bring the counts of all seated lanes to the device."""
-        for i, lane in enumerate(self.lanes):
-            self._count_on_host[i] = torch.tensor(lane.counts(), dtype=torch.int32)
-        self.count_of.copy_(self._count_on_host)
+        """Bring the counts of all seated lanes to the device; their addresses are what they were."""
+        self.seat(self.lanes, changed=())
