@@ -1,37 +1,34 @@
-"""Time per generated token, and what it holds in memory, against transformers' dense decoding.
+"""Time per generated token, and what it holds in memory, over contexts and beside what others do with the same KV.
 
-    python -m benchmarks.decode --shape llama-8b --context 32768
+    python -m benchmarks.decode --shape llama-8b --contexts 4096,32768,131072
 
-The model has random weights and the context random KV, the same for every variant; a fixed random token is fed at each
-step. Queries of random weights have little to do with each other, so the hit rate of the hot set is far below what text
-gives, and the time of the sparse variants is that of a poor case. Before anything is timed, sparse decoding with a
-budget that covers a short context must equal dense decoding, and decoding without that context must not.
+Weights are random and so is the context's KV, the same for every variant. Random queries have little to do with each
+other, so selections are scheduled instead, after all the work of scoring is done: `--hit-rates` says what share of
+them is in the hot set already. Before anything is timed, sparse decoding with a budget that covers a short context must
+equal transformers' dense decoding, and decoding without that context must not; and each variant's first steps must
+agree with those of its reference: dense decoding where everything is read, eager sparse decoding where a budget is.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from benchmarks import profile as profiling
 from benchmarks import report
-from benchmarks.profile import profile_step
+from benchmarks.baselines import Step, dense_step
+from benchmarks.ours import eager_step, graph_step, make_stepper
+from benchmarks.rows import HitRate, Machine, Rows, Settings
 from benchmarks.workload import SHAPES, Context, make_model, streamed_weight_bytes
-from sentencekv.attention import forward
 from sentencekv.config import Config
+from sentencekv.fused import FusedLayers
 from sentencekv.policies import available, load
-from sentencekv.session import Session, Traffic
 from sentencekv.store import HostMemory
 
 CHECK_TOKENS = 2048
@@ -40,49 +37,25 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Difference to dense decoding that always passes, as a share of the logits' norm. Where rounding alone does more, the
 limit is twice the difference between transformers' own two dense implementations."""
 
-Step = Callable[[int], Tensor]
-"""Feeds one token, returns its float32 logits `[1, vocabulary]`."""
 
-
-def session_step(model: PreTrainedModel, session: Session) -> Step:
-    """One token through the engine."""
-    return lambda token: forward(model, [[token]], [session], exact=False)
-
-
-def dense_step(model: PreTrainedModel, cache: DynamicCache, *, cudnn: bool = True) -> Step:
-    """One token through transformers: eager modules, DynamicCache, SDPA.
-
-    `cudnn=False` keeps SDPA from cuDNN, which recent torch prefers on Hopper and which plans anew for every length.
-    """
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-    @torch.inference_mode()
-    def step(token: int) -> Tensor:
-        position = torch.tensor([[cache.get_seq_length()]], device=model.device)
-        ids = torch.tensor([[token]], device=model.device)
-        with contextlib.nullcontext() if cudnn else sdpa_kernel(backends):
-            output = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
-        return output.logits[0].float()
-
-    return step
-
-
-def check(model: PreTrainedModel, memory: HostMemory, policy: str, context_tokens: int, seed: int) -> dict[str, Any]:
+def check(
+    model: PreTrainedModel, layers: FusedLayers, memory: HostMemory, policy: str, context_tokens: int, seed: int
+) -> dict[str, Any]:
     """Relative error of covering sparse decoding against dense, and that of reading no context, as a control.
 
     The same dense decoding with `eager` in place of `sdpa` attention says how much rounding alone does.
     """
     context = Context(model, context_tokens, CHECK_STEPS, seed)
-    covering = Config(policy=policy, budget_tokens=context_tokens + CHECK_STEPS)
-    steps = {
+    covering = context.session(Config(policy=policy, budget_tokens=context_tokens + CHECK_STEPS), memory)
+    steps: dict[str, Step] = {
         "dense": dense_step(model, context.cache()),
-        "sparse": session_step(model, context.session(covering, memory)),
-        "window": session_step(model, context.session(Config(policy="window"), memory)),
+        "sparse": graph_step(make_stepper(model, covering, layers), [covering]),
+        "window": eager_step(model, [context.session(Config(policy="window"), memory)]),
     }
-    logits = {name: torch.cat([step(token) for token in context.token_ids()]) for name, step in steps.items()}
+    logits = {name: torch.cat([step([token]).clone() for token in context.token_ids()]) for name, step in steps.items()}
     model.set_attn_implementation("eager")
     step = dense_step(model, context.cache())
-    logits["eager"] = torch.cat([step(token) for token in context.token_ids()])
+    logits["eager"] = torch.cat([step([token]) for token in context.token_ids()])
     model.set_attn_implementation("sdpa")
 
     def difference(name: str) -> float:
@@ -90,188 +63,201 @@ def check(model: PreTrainedModel, memory: HostMemory, policy: str, context_token
 
     error, rounding, control = difference("sparse"), difference("eager"), difference("window")
     tolerance = max(TOLERANCE[model.dtype], 2 * rounding)
-    passed = error <= tolerance and control >= 2 * tolerance
     return {
+        "policy": policy,
         "context_tokens": context_tokens,
         "steps": CHECK_STEPS,
         "relative_error": error,
         "rounding_relative_error": rounding,
         "control_relative_error": control,
         "tolerance": tolerance,
-        "passed": passed,
+        "passed": error <= tolerance and control >= 2 * tolerance,
     }
 
 
-def time_steps(step: Step, token_ids: list[int], device: torch.device) -> list[float]:
-    """Milliseconds of each step, synchronised before and after."""
-    milliseconds = []
-    for token in token_ids:
-        report.synchronize(device)
-        started_at = time.perf_counter()
-        step(token)
-        report.synchronize(device)
-        milliseconds.append((time.perf_counter() - started_at) * 1e3)
-    return milliseconds
+def add_ratios(rows: list[dict[str, Any]], weight_bytes: int, bandwidth: float) -> None:
+    """To every row the least time that the memory system allows, and the same row's at the shortest context.
+
+    The floor is the time to read weights, summaries and the budget's KV once each at the measured copy bandwidth. The
+    row of attention alone reads no weights.
+    """
+    shortest = min(row["context_tokens"] for row in rows)
+
+    def same(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("variant", "policy", "budget_tokens", "hit_rate_asked", "batch"))
+
+    first = {same(row): row for row in rows if row["context_tokens"] == shortest and "tpot_ms_median" in row}
+    for row in rows:
+        weights = 0 if "alone" in row["variant"] else weight_bytes
+        if row.get("read_bytes") is not None:
+            row["floor_ms"] = (weights + row["read_bytes"]) / bandwidth * 1e3
+        if "tpot_ms_median" in row:
+            row["times_floor"] = row["tpot_ms_median"] / row["floor_ms"]
+            if same(row) in first:
+                row["times_shortest"] = row["tpot_ms_median"] / first[same(row)]["tpot_ms_median"]
 
 
-def measure(
-    step: Step, context: Context, num_warmup: int, num_timed: int, on_warm: Callable[[], None] | None = None
-) -> dict[str, Any]:
-    """Time and peak memory of a variant. `on_warm` is called between warm-up and timing."""
-    device = context.model.device
-    token_ids = context.token_ids()[: num_warmup + num_timed]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    time_steps(step, token_ids[:num_warmup], device)
-    if on_warm is not None:
-        on_warm()
-    milliseconds = time_steps(step, token_ids[num_warmup:], device)
-    return {
-        "timed_steps": len(milliseconds),
-        "tpot_ms_median": report.quantile(milliseconds, 0.5),
-        "tpot_ms_p10": report.quantile(milliseconds, 0.1),
-        "tpot_ms_p90": report.quantile(milliseconds, 0.9),
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    }
-
-
-def run_dense(context: Context, num_warmup: int, num_timed: int, *, cudnn: bool = True) -> dict[str, Any]:
-    """transformers' own decoding."""
-    cache = context.cache()
-    step = dense_step(context.model, cache, cudnn=cudnn)
-    name = "transformers" if cudnn else "transformers, no cuDNN"
-    row: dict[str, Any] = {"variant": name, "policy": None, "budget_tokens": None}
-    row |= measure(step, context, num_warmup, num_timed)
-    kv_bytes = cache.get_seq_length() * context.token_bytes
-    return row | {"kv_gpu_bytes": kv_bytes, "kv_host_bytes": 0, "kv_dense_bytes": kv_bytes, "read_bytes": kv_bytes}
-
-
-def run_session(
-    context: Context, config: Config, memory: HostMemory, num_warmup: int, num_timed: int
-) -> dict[str, Any]:
-    """The engine under one policy and budget."""
-    session = context.session(config, memory)
-    step = session_step(context.model, session)
-
-    def forget_warmup() -> None:
-        session.traffic = Traffic()
-
-    selects = session.policy.reads == "selected"
-    row: dict[str, Any] = {
-        "variant": f"{config.policy} {config.budget_tokens}" if selects else config.policy,
-        "policy": config.policy,
-        "budget_tokens": config.budget_tokens if selects else None,
-    }
-    row |= measure(step, context, num_warmup, num_timed, forget_warmup)
-    traffic = session.traffic
-    summary_bytes = session.summary_bytes
-    if selects:
-        num_read = min(config.budget_tokens, session.num_tokens)
-    elif session.policy.reads == "recent":
-        num_read = config.sink_tokens + config.window_tokens
-    else:
-        num_read = session.num_tokens
-    steps = max(traffic.steps, 1)
-    return row | {
-        "sentences": session.num_sentences,
-        "kv_gpu_bytes": session.device_bytes,
-        "kv_host_bytes": session.host_bytes,
-        "kv_dense_bytes": session.dense_bytes,
-        "summary_bytes": summary_bytes,
-        "read_bytes": summary_bytes + num_read * context.token_bytes,
-        "hit_rate": traffic.hit_rate,
-        "tokens_fetched_per_step": traffic.tokens_fetched / steps,
-        "bytes_fetched_per_step": traffic.tokens_fetched / steps * 2 * context.vector_bytes,
-    }
-
-
-def profile_variant(context: Context, step: Step, num_warmup: int) -> dict[str, Any]:
-    """Where the time of one step goes, after the warm-up."""
-    *warmup, last = context.token_ids()[: num_warmup + 1]
-    time_steps(step, warmup, context.model.device)
-    return profile_step(lambda: step(last), context.model.device)
-
-
-def add_floor(row: dict[str, Any], weight_bytes: int, bandwidth: float) -> None:
-    """The least time that the memory system allows: weights, summaries and the KV read, once each."""
-    row["floor_ms"] = (weight_bytes + row["read_bytes"]) / bandwidth * 1e3
-    row["share_of_floor"] = row["floor_ms"] / row["tpot_ms_median"]
+def label(row: dict[str, Any]) -> str:
+    """A variant in a few words."""
+    if row["policy"] is None:
+        return str(row["variant"])
+    rate = row["hit_rate_asked"]
+    return ", ".join(
+        [f"{row['policy']} {row['budget_tokens']}", "natural" if rate is None else f"hit {rate:.2f}", row["variant"]]
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures for people; everything is in the JSON line."""
-
-    def mib(value: float | None) -> str:
-        return "-" if value is None else f"{value / 2**20:,.1f}"
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
-
-    header = ["variant", "ms/token", "p10", "p90", "KV GPU MiB", "of dense", "KV host MiB", "hit rate"]
-    header += ["fetched MiB/token", "floor ms", "floor/time", "peak GPU MiB"]
-    cells = [
-        [
-            row["variant"],
-            f"{row['tpot_ms_median']:.2f}",
-            f"{row['tpot_ms_p10']:.2f}",
-            f"{row['tpot_ms_p90']:.2f}",
-            mib(row["kv_gpu_bytes"]),
-            percent(row["kv_gpu_bytes"] / row["kv_dense_bytes"]),
-            mib(row["kv_host_bytes"]),
-            percent(row.get("hit_rate")),
-            mib(row.get("bytes_fetched_per_step")),
-            f"{row['floor_ms']:.2f}",
-            percent(row["share_of_floor"]),
-            mib(row["peak_gpu_bytes"]),
-        ]
-        for row in rows
+    header = ["variant", "context", "batch", "ms/token", "p10", "p90", "floor ms", "x floor", "x shortest", "tokens/s"]
+    header += [
+        "GPU KV MiB",
+        "of dense",
+        "hot",
+        "summaries",
+        "resident",
+        "host MiB",
+        "hit rate",
+        "fetched MiB",
+        "status",
     ]
+    number, mib, share = report.number_text, report.mib_text, report.share_text
+    cells = []
+    for row in rows:
+        gpu, dense = row.get("kv_gpu_bytes"), row.get("kv_dense_bytes")
+        cells.append(
+            [
+                label(row),
+                f"{row['context_tokens']:,}",
+                str(row["batch"]),
+                number(row.get("tpot_ms_median")),
+                number(row.get("tpot_ms_p10")),
+                number(row.get("tpot_ms_p90")),
+                number(row.get("floor_ms")),
+                number(row.get("times_floor")),
+                number(row.get("times_shortest")),
+                number(row.get("tokens_per_second"), 1),
+                mib(gpu),
+                share(gpu / dense if gpu is not None and dense else None),
+                *(mib(row.get(f"{part}_bytes")) for part in ("hot", "summary", "resident")),
+                mib(row.get("kv_host_bytes")),
+                share(row.get("hit_rate")),
+                number(row["fetched_bytes_per_token"] / 2**20 if "fetched_bytes_per_token" in row else None),
+                row["status"],
+            ]
+        )
     return report.markdown_table(header, cells)
 
 
-def _free(device: torch.device) -> None:
-    """Give back the device memory that the last variant held."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def text_of(result: dict[str, Any]) -> str:
+    """The whole report for people."""
+    place = result["hardware"].get("gpu", "CPU")
+    lines = [
+        f"{result['shape']}, {result['parameters'] / 1e9:.3g} B parameters, {result['dtype']}, {place}, copy bandwidth "
+        f"{result['copy_bandwidth_bytes_per_second'] / 1e9:,.0f} GB/s on the device and "
+        f"{result['host_copy_bandwidth_bytes_per_second'] / 1e9:,.0f} from pinned memory; commit {result['commit']}, "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version),
+    ]
+    for done in result["checks"]:
+        lines.append(
+            f"check of {done['policy']} at {done['context_tokens']} tokens: covering sparse decoding is within "
+            f"{done['relative_error']:.2g} of dense (limit {done['tolerance']:.2g}; dense with eager attention is "
+            f"within {done['rounding_relative_error']:.2g}), without the context {done['control_relative_error']:.2g}"
+        )
+    compared = [row["relative_error"] for row in result["rows"] if row.get("relative_error") is not None]
+    if compared:
+        lines.append(f"check of {len(compared)} variants against their references: within {max(compared):.2g}")
+    lines += ["", table(result["rows"]), ""]
+    lines.append(
+        "Weights and KV are random; selections are scheduled to the hit rate named, but where it is `natural`."
+    )
+    if any(row["batch"] > 1 for row in result["rows"]):
+        lines.append(
+            "Sequences of a batch share one document's KV in host memory; each reads another part of it, and has "
+            "summaries, a hot set and a tail of its own."
+        )
+    for row in result["rows"]:
+        if "profile" in row:
+            lines += ["", f"One step of {label(row)} at {row['context_tokens']:,} tokens, batch {row['batch']}:"]
+            lines.append(profiling.table(row["profile"]))
+    return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _budgets(text: str) -> list[int]:
+def numbers(text: str, option: str, least: int) -> list[int]:
+    """Whole numbers separated by commas. Raises typer.BadParameter."""
     try:
-        budgets = [int(part) for part in text.split(",")]
-        for budget in budgets:
-            Config(budget_tokens=budget)
+        found = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"budgets are whole numbers separated by commas, got {text!r}: {error}") from error
-    return budgets
+        raise typer.BadParameter(f"{option} are whole numbers separated by commas, got {text!r}") from error
+    if min(found) < least:
+        raise typer.BadParameter(f"{option} are at least {least}, got {text!r}")
+    return found
+
+
+def hit_rates_of(text: str) -> list[HitRate]:
+    """Shares from 0 to 1, or `natural`, separated by commas. Raises typer.BadParameter."""
+    found: list[HitRate] = []
+    for part in text.split(","):
+        try:
+            rate = None if part == "natural" else float(part)
+        except ValueError as error:
+            raise typer.BadParameter(f"hit rates are numbers or 'natural', got {part!r}") from error
+        if rate is not None and not 0 <= rate <= 1:
+            raise typer.BadParameter(f"a hit rate is from 0 to 1, got {part}")
+        found.append(rate)
+    return found
 
 
 def main(
     shape: Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")] = "llama-8b",
-    context: Annotated[int, typer.Option(min=256, help="Tokens of context.")] = 32768,
-    budgets: Annotated[str, typer.Option(help="Budgets in tokens, separated by commas.")] = "512,2048,8192",
-    policy: Annotated[str, typer.Option(help="Policy that the budgets are run with.")] = Config().policy,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Timed tokens per variant.")] = 32,
-    warmup_tokens: Annotated[int, typer.Option(min=1, help="Tokens before timing starts.")] = 8,
-    full_tokens: Annotated[int, typer.Option(min=0, help="Timed tokens of the full policy; 0 leaves it out.")] = 4,
+    contexts: Annotated[str, typer.Option(help="Tokens of context, separated by commas.")] = "4096,32768,131072",
+    policies: Annotated[str, typer.Option(help="Policies that select, separated by commas.")] = "moments,codes",
+    budgets: Annotated[str, typer.Option(help="Budgets in tokens, separated by commas.")] = "2048",
+    hit_rates: Annotated[str, typer.Option(help="Shares, or 'natural', separated by commas.")] = "0,0.6,0.85,0.95",
+    batches: Annotated[str, typer.Option(help="Sequences at a time, separated by commas.")] = "1",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Timed tokens per variant.")] = 48,
+    warmup_tokens: Annotated[int, typer.Option(min=2, help="Tokens before timing starts.")] = 8,
+    eager_tokens: Annotated[int, typer.Option(min=1, help="Timed tokens of what takes long.")] = 5,
+    baselines: Annotated[bool, typer.Option(help="transformers, everything on the GPU, flashinfer.")] = True,
+    offloaded_up_to: Annotated[int, typer.Option(help="Longest context of transformers' offloaded cache.")] = 131072,
+    before_after: Annotated[int, typer.Option(help="Context at which eager and unfused steps are timed.")] = 131072,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of weights, KV, sentences and tokens.")] = 0,
-    profile: Annotated[bool, typer.Option(help="Profile one step of each variant, after all are timed.")] = False,
+    profile: Annotated[
+        bool, typer.Option(help="Profile one recorded step of each policy at the last context.")
+    ] = False,
     source_commit: Annotated[str | None, typer.Option(help="Commit to record where git cannot tell.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md, after each context.")] = None,
 ) -> None:
-    """Time decoding with random weights over a random context, sparse and dense; the last line is JSON."""
+    """Time decoding with random weights over random contexts, sparse and dense; the last line is JSON."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
     selecting = [name for name in available() if load(name).reads == "selected"]
-    if policy not in selecting:
-        raise typer.BadParameter(f"policy must be one that selects: {', '.join(selecting)}; got {policy!r}")
-    budget_list = _budgets(budgets)
+    policy_list = policies.split(",")
+    for name in policy_list:
+        if name not in selecting:
+            raise typer.BadParameter(f"a policy must be one that selects: {', '.join(selecting)}; got {name!r}")
+    context_list = numbers(contexts, "contexts", 256)
+    settings = Settings(
+        policies=policy_list,
+        budgets=numbers(budgets, "budgets", 1),
+        hit_rates=hit_rates_of(hit_rates),
+        batches=numbers(batches, "batches", 1),
+        new_tokens=new_tokens,
+        warmup_tokens=warmup_tokens,
+        eager_tokens=eager_tokens,
+        baselines=baselines,
+        offloaded_up_to=offloaded_up_to,
+        before_after=before_after,
+        profile=profile,
+        seed=seed,
+    )
+    for budget in settings.budgets:
+        try:
+            Config(budget_tokens=budget)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device was found; give --device cpu")
@@ -279,61 +265,46 @@ def main(
     if precision not in TOLERANCE:
         raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
 
-    bandwidth = report.copy_bandwidth(where)
-    _free(where)
-    num_new = warmup_tokens + max(new_tokens, full_tokens)
-    _say(f"making {shape} with random weights")
-    model = make_model(shape, where, precision, max_tokens=max(context, CHECK_TOKENS) + num_new, seed=seed)
+    bandwidth, host_bandwidth = report.copy_bandwidth(where), report.host_copy_bandwidth(where)
+    report.free(where)
+    report.say(f"making {shape} with random weights")
+    most_tokens = max(*context_list, CHECK_TOKENS) + 4 * (warmup_tokens + new_tokens + 100)
+    model = make_model(shape, where, precision, max_tokens=most_tokens, seed=seed)
     weight_bytes = streamed_weight_bytes(model)
     memory = HostMemory(None, pinned=where.type == "cuda")
-
-    _say("checking sparse against dense decoding")
-    checked = check(model, memory, policy, min(context, CHECK_TOKENS), seed)
-    _free(where)
-    if not checked["passed"]:
-        _say(
-            f"not timed: covering sparse decoding differs from dense by {checked['relative_error']:.3g} of the logits' "
-            f"norm (at most {checked['tolerance']:.3g}), decoding without the context by "
-            f"{checked['control_relative_error']:.3g} (at least {2 * checked['tolerance']:.3g})"
-        )
-        raise typer.Exit(1)
-
-    work = Context(model, context, num_new, seed)
-    rows: list[dict[str, Any]] = []
-
-    def add(row: dict[str, Any]) -> None:
-        add_floor(row, weight_bytes, bandwidth)
-        rows.append(row)
-        _free(where)
-        _say(f"  {row['variant']}: {row['tpot_ms_median']:.2f} ms per token")
-
-    _say(f"timing {new_tokens} tokens after {warmup_tokens} at {context} tokens of context")
-    add(run_dense(work, warmup_tokens, new_tokens))
+    layers = FusedLayers(model)
     if where.type == "cuda":
-        add(run_dense(work, warmup_tokens, new_tokens, cudnn=False))
-    configs = [Config(policy=policy, budget_tokens=budget) for budget in budget_list] + [Config(policy="window")]
-    for config in configs:
-        add(run_session(work, config, memory, warmup_tokens, new_tokens))
-    if full_tokens:
-        add(run_session(work, Config(policy="full"), memory, 1, full_tokens))
-    if profile:
-        # Last of all: once it has run, a profiler may slow down every later launch.
-        rows[0]["profile"] = profile_variant(work, dense_step(model, work.cache()), warmup_tokens)
-        sparse = [row for row in rows if row["policy"] is not None]
-        for row, config in zip(sparse, configs, strict=False):
-            _free(where)
-            step = session_step(model, work.session(config, memory))
-            row["profile"] = profile_variant(work, step, warmup_tokens)
-            del step
+        gc.freeze()  # collected before every variant: the libraries' own objects need not be looked at each time
+    report.say(f"{layers.num_fused} layers fused; checking sparse against dense decoding")
 
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    check_tokens = min(*context_list, CHECK_TOKENS)
+    checks = [check(model, layers, memory, name, check_tokens, seed) for name in policy_list]
+    report.free(where)
+    for done in checks:
+        if not done["passed"]:
+            report.say(
+                f"not timed: covering sparse decoding ({done['policy']}) differs from dense by "
+                f"{done['relative_error']:.3g} of the logits' norm (at most {done['tolerance']:.3g}), decoding without "
+                f"the context by {done['control_relative_error']:.3g} (at least {2 * done['tolerance']:.3g})"
+            )
+            raise typer.Exit(1)
+
+    machine = Machine(
+        model=model,
+        layers=layers,
+        memory=memory,
+        bandwidth=bandwidth,
+        weight_bytes=weight_bytes,
+        tolerance=max(done["tolerance"] for done in checks),
+    )
+    rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         "benchmark": "decode",
         "shape": shape,
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weights": "random",
-        "context_tokens": context,
-        "batch": 1,
+        "fused_layers": layers.num_fused,
+        "contexts": context_list,
         "new_tokens": new_tokens,
         "warmup_tokens": warmup_tokens,
         "dtype": dtype,
@@ -342,32 +313,25 @@ def main(
         "hardware": report.hardware(where),
         "versions": report.versions(),
         "copy_bandwidth_bytes_per_second": bandwidth,
+        "host_copy_bandwidth_bytes_per_second": host_bandwidth,
         "streamed_weight_bytes": weight_bytes,
-        "check": checked,
-        "variants": rows,
+        "checks": checks,
+        "rows": rows,
     }
-    place = result["hardware"].get("gpu", "CPU")
-    text = "\n".join(
-        [
-            f"{shape}, {parameters / 1e9:.3g} B parameters, {dtype}, batch 1, {context} tokens of context, {place}, "
-            f"copy bandwidth {bandwidth / 1e9:,.0f} GB/s",
-            f"check at {checked['context_tokens']} tokens: covering sparse decoding is within "
-            f"{checked['relative_error']:.2g} of dense (limit {checked['tolerance']:.2g}; dense with eager attention "
-            f"is within {checked['rounding_relative_error']:.2g}), without the context "
-            f"{checked['control_relative_error']:.2g}",
-            "",
-            table(rows),
-            "",
-            "Weights and KV are random: so are the queries, and the hit rate is not what text gives.",
-        ]
-    )
-    line = json.dumps(result)
-    print(text)
-    if save is not None:
-        save.parent.mkdir(parents=True, exist_ok=True)
-        save.with_suffix(".json").write_text(line + "\n", encoding="utf-8")
-        save.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(line)
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        time_text = f"{row['tpot_ms_median']:.2f} ms" if "tpot_ms_median" in row else row["status"]
+        report.say(f"  {row['context_tokens']}, batch {row['batch']}, {label(row)}: {time_text}")
+
+    for number, tokens in enumerate(context_list):
+        report.say(f"{tokens} tokens of context")
+        Rows(machine, settings, tokens, add).run(profile=profile and number == len(context_list) - 1)
+        add_ratios(rows, weight_bytes, bandwidth)
+        if save is not None:
+            report.save(save, result, text_of(result))
+    print(text_of(result))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def hit_rate(selections: Selections, num_slots: int) -> float:
 
 
 def record(lm: LongContextLM, text: str, context_tokens: int, num_steps: int) -> tuple[Selections, dict[str, Any]]:
-    """Selections while `num_steps` tokens of a text are fed after `context_tokens` of it, and what the engine counted."""
+    """Selections while `num_steps` tokens of a text are fed after `context_tokens` of it; what the engine counted."""
     engine = lm._engine
     prompt = encode(lm.tokenizer, text, lm.config, special_tokens=True)
     if len(prompt.token_ids) < context_tokens + num_steps:

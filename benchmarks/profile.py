@@ -1,86 +1,97 @@
-"""Where the time of one step goes: kernels, copies and synchronisations, counted."""
+"""Where the time of one step goes: kernels by name, and whether the host waits for the device on the way."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import time
-from collections import Counter
+import re
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.report import synchronize
-from sentencekv import policies, session, store
+from benchmarks import report
 
-_SYNCHRONIZING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-
-_STAGES: dict[str, object] = {
-    "select": policies.Policy,
-    "resolve_hot_set": store,
-    "gather_kv": store,
-    "sparse_decode": session,
-}
-"""The stages of one layer's sparse step, and where each is looked up; `select` is scoring and choosing."""
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+"""Runtime calls in which the host waits, by their whole names: `cudaMemcpyAsync` is none."""
 
 
-def _named(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(op)
-    def run(*arguments: Any, **options: Any) -> Any:
-        with record_function(name):
-            return op(*arguments, **options)
+def profile_step(step: Callable[[], object], device: torch.device, num_layers: int) -> dict[str, Any]:
+    """Kernels of one replayed graph, grouped by name, and host synchronisations before, while and after it runs.
 
-    return run
-
-
-def profile_step(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Counts and times of one step.
-
-    `device_ms` is the time that kernels and copies took on the GPU, one after another; a GPU that had nothing to wait
-    for would need only that. The profiler slows the host down, so compare `device_ms` with the unprofiled time.
+    `while` is between the call that launches the graph and the end of its last kernel on the device; the profiler's own
+    wait for the step's end is not counted. Of a step without a graph, all kernels are grouped and all waits are
+    `before`. Times of kernels that start before the one in front ends include their waiting, so that shares are of
+    their sum and not of the step.
     """
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    synchronize(device)
-    with contextlib.ExitStack() as stack:
-        for name, place in _STAGES.items():
-            stack.enter_context(mock.patch.object(place, name, _named(name, getattr(place, name))))
-        recorded = stack.enter_context(profile(activities=activities))
-        started_at = time.perf_counter()
-        step()
-        synchronize(device)
-        wall_ms = (time.perf_counter() - started_at) * 1e3
-    runtime_calls: Counter[str] = Counter()
-    kernel_us: Counter[str] = Counter()
-    kernel_count: Counter[str] = Counter()
-    operator_us: Counter[str] = Counter()
-    stages: dict[str, dict[str, float]] = {}
-    for event in recorded.key_averages():
-        if event.key in _STAGES:
-            if event.device_type == DeviceType.CPU:
-                host_ms, device_ms = event.cpu_time_total / 1e3, event.device_time_total / 1e3
-                stages[event.key] = {"calls": event.count, "host_ms": host_ms, "device_ms": device_ms}
-        elif event.device_type == DeviceType.CPU:
-            if event.key.startswith(("cuda", "cu")):
-                runtime_calls[event.key] += event.count
-            operator_us[event.key] += int(event.self_cpu_time_total)
-        else:
-            kernel_us[event.key] += int(event.self_device_time_total)
-            kernel_count[event.key] += event.count
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    report.synchronize(device)
+    with profile(activities=activities) as recorded:
+        with record_function("benchmark_step"):
+            step()
+        report.synchronize(device)
+    events = recorded.events()
+    assert events is not None
+    (whole,) = (e for e in events if e.name == "benchmark_step" and e.device_type == DeviceType.CPU)
+    calls = [e for e in events if e.device_type == DeviceType.CPU and whole.time_range.start <= e.time_range.start]
+    calls = [e for e in calls if e.time_range.end <= whole.time_range.end]
+    launched_at = max((e.time_range.start for e in calls if e.name == "cudaGraphLaunch"), default=float("inf"))
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith("benchmark_step")]
+    if launched_at < float("inf"):
+        kernels = [e for e in kernels if e.time_range.start >= launched_at]
+    ended_at = max((e.time_range.end for e in kernels), default=float("inf"))
+    waits = {"before": 0, "while": 0, "after": 0}
+    for event in calls:
+        if event.name in _WAITS:
+            at = event.time_range.start
+            waits["before" if at < launched_at else "while" if at < ended_at else "after"] += 1
+    grouped: dict[str, list[float]] = {}
+    for event in kernels:
+        grouped.setdefault(_short(event.name), []).append(event.time_range.elapsed_us())
+    total_us = sum(map(sum, grouped.values()))
+    first_at = min((e.time_range.start for e in kernels), default=0.0)
     return {
-        "profiled_wall_ms": wall_ms,
-        "device_ms": sum(kernel_us.values()) / 1e3,
-        "device_operations": sum(kernel_count.values()),
-        "launches": sum(n for name, n in runtime_calls.items() if "Launch" in name),
-        "copies": sum(n for name, n in runtime_calls.items() if "Memcpy" in name),
-        # One is the profiler's own wait for the end of the step.
-        "synchronizations": sum(runtime_calls[name] for name in _SYNCHRONIZING),
-        "stages": stages,
-        "top_device_us": dict(kernel_us.most_common(12)),
-        "top_host_us": dict(operator_us.most_common(12)),
+        "host_waits": waits,
+        "graph_launches": sum(e.name == "cudaGraphLaunch" for e in calls),
+        "device_span_us": ended_at - first_at if kernels else None,
+        "device_sum_us": total_us,
+        "kernels": [
+            {
+                "name": name,
+                "count": len(us),
+                "count_per_layer": len(us) / num_layers,
+                "us_each": sum(us) / len(us),
+                "share": sum(us) / total_us,
+            }
+            for name, us in sorted(grouped.items(), key=lambda item: -sum(item[1]))
+        ],
     }
+
+
+def _short(name: str) -> str:
+    """A kernel's name without its arguments and template parameters."""
+    name = re.sub(r"^void ", "", name)
+    return re.split(r"[<(]", name, maxsplit=1)[0][:60] or name[:60]
+
+
+def table(profiled: dict[str, Any]) -> str:
+    """The kernels for people."""
+    cells = [
+        [
+            kernel["name"],
+            str(kernel["count"]),
+            f"{kernel['count_per_layer']:.2f}",
+            f"{kernel['us_each']:.2f}",
+            report.share_text(kernel["share"]),
+        ]
+        for kernel in profiled["kernels"]
+    ]
+    waits = ", ".join(f"{count} {when}" for when, count in profiled["host_waits"].items())
+    span = profiled["device_span_us"]
+    return "\n".join(
+        [
+            f"host synchronisations around the replay: {waits}; kernels span {report.number_text(span, 0)} us",
+            "",
+            report.markdown_table(["kernel", "count", "per layer", "us each", "share"], cells),
+        ]
+    )

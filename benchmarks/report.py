@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
+import itertools
+import json
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sentencekv
+from sentencekv.store import available_host_bytes
+
+_STARTED_AT = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Progress, with the seconds since the start, on standard error."""
+    print(f"[{time.monotonic() - _STARTED_AT:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for a GPU; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free(device: torch.device, *, pinned: bool = False) -> None:
+    """Give back a GPU's memory that nothing holds any more, and pinned memory that torch keeps for reuse."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        release = getattr(torch._C, "_host_emptyCache", None)
+        if pinned and release is not None:
+            release()
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory of the device that can still be had."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_host_bytes()
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -38,7 +65,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
     }
-    for package in ("torch", "transformers", "triton"):
+    for package in ("torch", "transformers", "triton", "flashinfer-python"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -69,15 +96,51 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second of a large copy within the device's memory, bytes read plus bytes written; best of several."""
     num_bytes = (4 << 30) if device.type == "cuda" else (64 << 20)
     source = torch.randint(0, 127, (num_bytes,), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
+    return 2 * num_bytes / _seconds_of_copy(source, torch.empty_like(source), device)
+
+
+def host_copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy from pinned host memory to the device; best of several."""
+    num_bytes = (256 << 20) if device.type == "cuda" else (64 << 20)
+    source = torch.ones(num_bytes, dtype=torch.int8, pin_memory=device.type == "cuda")
+    return num_bytes / _seconds_of_copy(source, torch.empty_like(source, device=device), device)
+
+
+def _seconds_of_copy(source: torch.Tensor, target: torch.Tensor, device: torch.device) -> float:
     seconds = []
     for _ in range(8):
         synchronize(device)
         started_at = time.perf_counter()
-        target.copy_(source)
+        target.copy_(source, non_blocking=True)
         synchronize(device)
         seconds.append(time.perf_counter() - started_at)
-    return 2 * num_bytes / min(seconds[2:])
+    return min(seconds[2:])
+
+
+def recorded_times(launch: Callable[[], object], device: torch.device, repeats: int = 20) -> list[float]:
+    """Microseconds of each replay of what `launch` does, recorded as one CUDA graph; on a CPU of each call."""
+    launch()
+    if device.type != "cuda":
+        microseconds = []
+        for _ in range(repeats):
+            started_at = time.perf_counter()
+            launch()
+            microseconds.append((time.perf_counter() - started_at) * 1e6)
+        return microseconds
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = launch()
+    for _ in range(2):
+        graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize(device)
+    del kept
+    return [before.elapsed_time(after) * 1e3 for before, after in itertools.pairwise(marks)]
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -98,3 +161,25 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
+
+
+def share_text(value: float | None) -> str:
+    """A share for people."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def mib_text(value: float | None) -> str:
+    """Bytes for people."""
+    return "-" if value is None else f"{value / 2**20:,.1f}"
+
+
+def number_text(value: float | None, digits: int = 2) -> str:
+    """A number for people."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def save(path: Path, result: dict[str, Any], text: str) -> None:
+    """Write PATH.json and PATH.md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    path.with_name(path.name + ".md").write_text(text + "\n", encoding="utf-8")

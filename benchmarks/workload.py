@@ -7,15 +7,17 @@ of seed, layer and shape alone, so that every variant gets the same.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from sentencekv.config import Config
-from sentencekv.policies import load
+from sentencekv.policies import Policy, load
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
+from sentencekv.store import Extent, HostMemory, Places
 
 _LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5}
 _SMALL = {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}
@@ -77,16 +79,46 @@ SHAPES: dict[str, dict] = {
     },
 }
 
+CHUNK_TOKENS = 65536
+"""Tokens of a context that are drawn at a time; bounds what is on the device beside what stays there."""
+
 KEY_SCALE = 2.0
 """Standard deviation of context keys: large enough that attention is peaked and what is read changes the logits."""
 
 
-def make_model(shape: str, device: torch.device, dtype: torch.dtype, max_tokens: int, seed: int) -> PreTrainedModel:
-    """A model of that shape with random weights, made where it will run, with SDPA as its own attention."""
+class Described(Protocol):
+    """What a context depends on: a model has it, and so has a `Shape`."""
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model without its weights."""
+
+    config: PretrainedConfig
+    device: torch.device
+    dtype: torch.dtype
+
+
+def make_config(shape: str, max_tokens: int) -> PretrainedConfig:
+    """The configuration of a model of that shape."""
     settings = dict(SHAPES[shape])
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         settings.pop("model_type"), **settings, max_position_embeddings=max_tokens, bos_token_id=None, eos_token_id=None
     )
+
+
+def make_model(shape: str, device: torch.device, dtype: torch.dtype, max_tokens: int, seed: int) -> PreTrainedModel:
+    """A model of that shape with random weights, made where it will run, with SDPA as its own attention."""
+    config = make_config(shape, max_tokens)
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -105,10 +137,18 @@ def streamed_weight_bytes(model: PreTrainedModel) -> int:
 class Context:
     """Random keys and values of `num_tokens` tokens in sentences, and the tokens that are fed after them."""
 
-    model: PreTrainedModel
+    model: Described
     num_tokens: int
     num_new: int
     seed: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.model.config.num_key_value_heads
 
     @property
     def head_dim(self) -> int:
@@ -116,32 +156,37 @@ class Context:
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @property
-    def num_units(self) -> int:
-        """Layers times KV heads: how many times a token's keys and values are kept."""
-        return self.model.config.num_hidden_layers * self.model.config.num_key_value_heads
-
-    @property
-    def vector_bytes(self) -> int:
-        """Bytes of one key, one value or one plane of a summary, in one unit."""
-        return self.head_dim * self.model.dtype.itemsize
+    def row_bytes(self) -> int:
+        """Bytes of one token's key and value in one layer and KV head."""
+        return 2 * self.head_dim * self.model.dtype.itemsize
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values in all units."""
-        return 2 * self.vector_bytes * self.num_units
+        """Bytes of one token's keys and values in all layers and KV heads."""
+        return self.row_bytes * self.num_layers * self.num_kv_heads
 
-    def kv(self, layer: int) -> Tensor:
-        """Post-RoPE keys and values `[N, T, 2, H]` of one layer."""
-        config, device = self.model.config, self.model.device
-        generator = torch.Generator(device).manual_seed(self.seed * 1009 + layer)
-        shape = (config.num_key_value_heads, self.num_tokens, 2, self.head_dim)
-        kv = torch.randn(shape, generator=generator, device=device, dtype=self.model.dtype)
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the context's keys and values."""
+        return self.num_tokens * self.token_bytes
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """First and one-past-last token of what is drawn at a time."""
+        for start in range(0, self.num_tokens, CHUNK_TOKENS):
+            yield start, min(start + CHUNK_TOKENS, self.num_tokens)
+
+    def kv(self, layer: int, start: int, stop: int) -> Tensor:
+        """Post-RoPE keys and values `[N, stop - start, 2, H]` of one layer and chunk."""
+        seed = (self.seed * 1009 + layer) * 4099 + start // CHUNK_TOKENS
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        shape = (self.num_kv_heads, stop - start, 2, self.head_dim)
+        kv = torch.randn(shape, generator=generator, device=self.model.device, dtype=self.model.dtype)
         kv[:, :, 0] *= KEY_SCALE
         return kv
 
-    def token_ids(self) -> list[int]:
+    def token_ids(self, sequence: int = 0) -> list[int]:
         """The tokens fed to every variant; greedy tokens of random weights would mean nothing."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
+        generator = torch.Generator().manual_seed(self.seed + 1 + 7919 * sequence)
         return torch.randint(0, self.model.config.vocab_size, (self.num_new,), generator=generator).tolist()
 
     def sentence_ends(self, config: Config) -> list[int]:
@@ -161,16 +206,62 @@ class Context:
         """A session that holds the context, as if it had read it."""
         session = Session(config, load(config.policy, config.policy_options), memory, self.model.device)
         session.expect(self.sentence_ends(config))
-        session.begin(self.num_tokens, exact=True, expected_tokens=self.num_tokens)
-        for layer in range(self.model.config.num_hidden_layers):
-            session.append_context(layer, self.kv(layer))
-        session.end()
+        for start, stop in self.chunks():
+            session.begin(stop - start, exact=True, expected_tokens=self.num_tokens - start)
+            for layer in range(self.num_layers):
+                session.append_context(layer, self.kv(layer, start, stop))
+            session.end()
         return session
+
+    def layer_kv(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and all values of one layer, `[1, N, T, H]` each."""
+        shape = (1, self.num_kv_heads, self.num_tokens, self.head_dim)
+        key, value = (torch.empty(shape, device=self.model.device, dtype=self.model.dtype) for _ in range(2))
+        for start, stop in self.chunks():
+            key[0, :, start:stop], value[0, :, start:stop] = self.kv(layer, start, stop).unbind(dim=2)
+        return key, value
 
     def cache(self) -> DynamicCache:
         """transformers' own cache with the same KV."""
         cache = DynamicCache(config=self.model.config)
-        for layer in range(self.model.config.num_hidden_layers):
-            key, value = self.kv(layer)[None].unbind(dim=3)
-            cache.update(key.contiguous(), value.contiguous(), layer)
+        for layer in range(self.num_layers):
+            cache.update(*self.layer_kv(layer), layer)
         return cache
+
+
+def with_budget(session: Session, budget_tokens: int) -> Session:
+    """A fork that reads under another budget."""
+    made = session.fork()
+    made.config = dataclasses.replace(session.config, budget_tokens=budget_tokens)
+    return made
+
+
+def twin(session: Session, policy: Policy | None = None) -> Session:
+    """A session over the same context and the same host memory, with summaries of its own.
+
+    Filling host memory takes most of a benchmark's time, and pinned memory is scarce: so a context is filled once, for
+    all policies and all sequences of a batch. Reaches into sessions and extents, which have no use for this themselves.
+
+    Args:
+        policy: whose summaries; None: copies of the session's own.
+    """
+    made = session.fork()
+    made.policy = policy or session.policy
+    made._extents = []
+    for extent in session._extents:
+        own = Extent(extent.memory, extent.device)
+        own.slabs, own.num_tokens, own.place_of = extent.slabs, extent.num_tokens, extent.place_of
+        made._extents.append(own)
+        places = Places([own], extent.device)
+        for layer in extent.slabs[0].kv_of_layer:
+            if policy is None:
+                tables = extent.summaries(layer)
+            else:
+                some = extent.slabs[0].kv_of_layer[layer]
+                shape = (some.shape[0], places.num_tokens, *some.shape[2:])
+                kv_NTH = torch.empty(shape, dtype=some.dtype, device=extent.device)
+                places.read(layer, kv_NTH)
+                tables = tuple(made._summarize(kv_NTH[:, :, 0].transpose(0, 1), places.length_of.tolist()))
+            own.add_summaries(layer, tables)
+    made._places = Places(made._extents, session.device)
+    return made

@@ -223,7 +223,8 @@ def test_forcing_kernel_equals_its_reference(tiny: Any) -> None:
     forced.set_hit_rate(0.5)
     sessions = [session.fork(), workload.twin(session)]
     for step, token in enumerate(context.token_ids()[:30]):
-        forward(tiny, [[token]], sessions[: 1 + step % 2], exact=False)
+        running = sessions[: 1 + step % 2]
+        forward(tiny, [[token]] * len(running), running, exact=False)
     batch = LaneBatch(session.policy)
     batch.seat(sessions)
     lanes = batch._lanes
