@@ -91,7 +91,9 @@ def chosen(lanes: Lanes) -> tuple[Tensor, Resolved]:
 
 def score_sentences(shape: Shape) -> None:
     lanes = lanes_of(shape, 1)
-    for spread, log_length in (("square", True), ("abs", False), (None, False))[: 3 if shape.dim == 64 else 1]:
+    for spread, log_length in (("square", True), ("range", True), ("abs", False), (None, False))[
+        : 4 if shape.dim == 64 else 2
+    ]:
         score_sentences_triton(queries(lanes, shape), lanes, 0, scale=0.1, spread=spread, log_length=log_length)
 
 
@@ -99,6 +101,8 @@ def score_codes(shape: Shape) -> None:
     lanes = lanes_of(shape, 1)
     for bits in (2, 4) if shape.dim == 64 else (2,):
         score_codes_triton(queries(lanes, shape), lanes, 0, scale=0.1, bits=bits)
+    listed = torch.zeros(1, shape.heads, 272, dtype=torch.int32)
+    score_codes_triton(queries(lanes, shape), lanes, 0, scale=0.1, bits=2, sentence_BNS=listed)
 
 
 def select_sentences(shape: Shape) -> None:
@@ -109,6 +113,12 @@ def select_sentences(shape: Shape) -> None:
         )
         for group in ("max", "mean") if shape.dim == 64 else ("max",):
             select_sentences_triton(scores, lanes, group=group, room_tokens=944)
+    listed = Scores(
+        torch.zeros(1, shape.heads, shape.group, 512),
+        torch.zeros(1, shape.heads, shape.group, 500, 2),
+        torch.zeros(1, shape.heads, 512, dtype=torch.int32),
+    )
+    select_sentences_triton(listed, lanes, group="max", room_tokens=944, budgets=4)
 
 
 def resolve_hot_set(shape: Shape) -> None:

@@ -1,5 +1,6 @@
 """The benchmarks run on a CPU, check before they time, and report what they should."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks import decode, rows, workload
+from benchmarks import decode, ops, plot, retrieval_ops, rows, workload
 from benchmarks.forced import Forced, force_ref, force_triton
 from sentencekv.attention import forward
 from sentencekv.batch import LaneBatch
@@ -240,3 +241,110 @@ def test_forcing_kernel_equals_its_reference(tiny: Any) -> None:
         torch.testing.assert_close(*logits)
         assert logits[0][0, 0].unique().numel() >= forced.start_S.numel()
     assert torch.equal(made[0].extent_BNGX2, made[1].extent_BNGX2)
+
+
+SMALL_OPS: dict[str, Any] = {
+    "shape": "tiny",
+    "context": 1500,
+    "budget": 256,
+    "batch": 2,
+    "gather_mib": "0.05,1000",
+    "model_layers": True,
+    "repeats": 1,
+    "device": "cpu",
+    "dtype": "float32",
+    "seed": 0,
+    "source_commit": "abc",
+    "save": None,
+}
+
+
+def test_ops_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    ops.main(**{**SMALL_OPS, "save": tmp_path / "ops"})
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert (result["benchmark"], result["batch"], result["commit"]) == ("ops", 2, "abc")
+    assert json.loads((tmp_path / "ops.json").read_text()) == result
+    counts: dict[str, int] = {}
+    for row in result["rows"]:
+        counts[row["op"]] = counts.get(row["op"], 0) + 1
+        assert row["status"] == "ok"
+        assert row["error"] <= row["limit"]
+        assert 0 < row["us_p10"] <= row["us_median"] <= row["us_p90"]
+        if row["bytes"] is not None:
+            assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["us_median"] * 1e6)
+            assert row["share_of_peak"] > 0
+    # No context of 1,500 tokens holds 1,000 MiB.
+    assert counts == {
+        "linear": 3,
+        "rotary": 1,
+        "gated_linear": 1,
+        "score_sentences": 1,
+        "select_sentences": 1,
+        "score_codes": 1,
+        "resolve_hot_set": 1,
+        "gather_kv": 5,
+        "sparse_decode": 1,
+        "pinned copy": 1,
+        "offload_kv": 2,
+    }
+    gathers = [row for row in result["rows"] if row["op"] == "gather_kv"]
+    assert [row["bytes"] for row in gathers[:4]] == sorted(row["bytes"] for row in gathers[:4])
+    assert [row["detail"] for row in gathers if "share_of_memcpy" in row] == ["0.05 MiB"]
+    assert gathers[4]["bytes"] == pytest.approx(0.05 * 2**20, rel=0.15)
+    weights = sum(row["bytes"] for row in result["rows"] if "linear" in row["op"])
+    model = workload.make_model("tiny", CPU, torch.float32, 100, 0)
+    assert weights == sum(p.nbytes for p in model.model.layers[0].parameters() if p.dim() == 2)
+
+
+def test_ops_that_fail_their_check_are_not_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = retrieval_ops.sparse_decode
+    monkeypatch.setattr(retrieval_ops, "sparse_decode", lambda *given, **options: 1.1 * right(*given, **options))
+    monkeypatch.setattr(retrieval_ops, "gather_kv", lambda *_: None)
+    ops.main(**{**SMALL_OPS, "model_layers": False, "batch": 1})
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    failed = {row["op"] for row in result["rows"] if "us_median" not in row}
+    assert failed == {"sparse_decode", "gather_kv"}
+    assert all(row["status"].startswith("failed its check") for row in result["rows"] if row["op"] in failed)
+
+
+def test_plot_draws_what_was_timed(tmp_path: Path) -> None:
+    facts = {"policy": None, "budget_tokens": None, "hit_rate_asked": None, "batch": 1, "status": "ok", "floor_ms": 5.0}
+    made = []
+    for context in (4096, 32768):
+        made.append({**facts, "variant": "transformers", "tpot_ms_median": 60.0})
+        made.append({**facts, "variant": "transformers, no cuDNN", "tpot_ms_median": context / 1000})
+        made.append({**facts, "variant": "transformers, offloaded", "status": "skipped: no"})
+        made.append({**facts, "variant": "eager", "policy": "moments", "budget_tokens": 512, "tpot_ms_median": 99.0})
+        for rate in (0.0, 0.85):
+            ours = {"variant": "graph, fused", "policy": "moments", "budget_tokens": 512, "hit_rate_asked": rate}
+            made += [
+                {**facts, **ours, "tpot_ms_median": 9 - rate},
+                {**facts, **ours, "batch": 4, "tpot_ms_median": 1.0},
+            ]
+        for row in made:
+            row.setdefault("context_tokens", context)
+    dense, ours, floor = plot.lines_of(made)
+    assert dense.ms_of == {4096: 4.096, 32768: 32.768}
+    assert ours.ms_of == {4096: 8.15, 32768: 8.15}
+    assert (set(ours.low_of.values()), set(ours.high_of.values())) == ({8.15}, {9.0})
+    assert floor.dashed
+    assert floor.ms_of == {4096: 5.0, 32768: 5.0}
+    result = {"benchmark": "decode", "shape": "tiny", "dtype": "float32", "hardware": {"device": "cpu"}, "rows": made}
+    (tmp_path / "decode.json").write_text(json.dumps(result))
+    (tmp_path / "old.json").write_text(json.dumps({"benchmark": "decode", "variants": []}))
+    plot.main([tmp_path / "decode.json", tmp_path / "old.json"], None)
+    assert (tmp_path / "tpot.png").read_bytes().startswith(b"\x89PNG")
+    assert "sentencekv, moments" in (tmp_path / "tpot.svg").read_text()
+    with pytest.raises(typer.BadParameter, match="over contexts"):
+        plot.main([tmp_path / "old.json"], None)
+
+
+def test_labels_are_spread() -> None:
+    places = plot.spread([0.5, 0.1, 0.51, 0.5, 0.0], 0.05)
+    assert sorted(range(5), key=lambda i: places[i])[:2] == [4, 1]
+    ordered = sorted(places)
+    assert min(b - a for a, b in itertools.pairwise(ordered)) > 0.049
+    assert ordered[0] >= 0

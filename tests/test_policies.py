@@ -6,6 +6,8 @@ from torch import Tensor
 
 from sentencekv import policies
 from sentencekv.policies import Policy
+from tests.lanes import random_lengths
+from triton_ops import score_sentences, select_sentences
 from triton_ops.lanes import Lane, Lanes, Part
 
 SELECTING = [name for name in policies.available() if policies.policy_class(name).reads == "selected"]
@@ -179,3 +181,23 @@ def test_moments_is_exact_for_gaussian_keys(device: torch.device) -> None:
     estimate = logits(policies.load("moments"), q, key, [200_000], 1.0)
     truth = torch.logsumexp(key[:, 0] @ q[0, 0], dim=0)
     torch.testing.assert_close(estimate[0, 0, 0], truth, rtol=0, atol=0.1)
+
+
+def test_a_shortlist_decides_what_codes_see(device: torch.device) -> None:
+    """One as long as the context changes nothing; a short one keeps the choice within what boxes picked."""
+    lengths = random_lengths(60, 8)
+    key, q = random_keys(sum(lengths), device, heads=2), 3 * torch.randn(1, 6, 8).to(device)
+    chosen = {}
+    for shortlist in (0, 3, 100):
+        policy = policies.load("codes", {"shortlist": shortlist})
+        lanes = lanes_of(policy, key, [lengths], max_selected=8)
+        chosen[shortlist] = policy.select(q, lanes, 0, scale=0.4, room_tokens=24)
+        if shortlist == 3:
+            by_box = score_sentences(q, lanes, 0, scale=0.4, spread="range", log_length=True)
+            listed = select_sentences(by_box, lanes, group="max", room_tokens=24, budgets=3)
+            for head in range(2):
+                assert set(chosen[3][0, head].tolist()) <= {*listed[0, head].tolist(), -1}
+    assert torch.equal(chosen[0], chosen[100])
+    assert not torch.equal(chosen[0], chosen[3])
+    with pytest.raises(ValueError, match="shortlist must be 0 or at least 2, got 1"):
+        policies.load("codes", {"shortlist": 1})

@@ -94,3 +94,30 @@ def test_kernel_on_a_wide_box(kernel_device: torch.device) -> None:
     q = 30 + random_heads(lanes, 2, 16, torch.float32)
     logit = of_sentences(lanes, score_codes_triton(q, lanes, 0, scale=1.0, bits=2))
     assert logit.isfinite().all()
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("op", [score_codes_ref, score_codes_triton, score_codes])
+def test_listed_sentences_score_as_among_all(op, device: torch.device, request: pytest.FixtureRequest) -> None:
+    """Different ones for each head, over several parts; columns without a sentence have no part in the normalisers."""
+    if op is score_codes_triton:
+        request.getfixturevalue("kernel_device")
+    lanes = random_batch(RAGGED, device, dim=16, tables="codes", layers=(0, 2))
+    q = random_heads(lanes, 6, 16, torch.float32)
+    options = {"scale": 0.3, "bits": 2}
+    listed = torch.full((4, 2, 5), -1, dtype=torch.int32)
+    for b, rows in enumerate([[[0, 6, 7, 9], [8]], [[1, 2], [0, 1, 2]], [[0, 1, 5], [2, 3, 4, 5]]]):
+        for n, ids in enumerate(rows):
+            listed[b, n, : len(ids)] = torch.tensor(ids)
+    listed = listed.to(device)
+    every = op(q, lanes, 2, **options)
+    some = op(q, lanes, 2, **options, sentence_BNS=listed)
+    assert some.sentence_BNS is listed
+    top, total = some.extent_BNGX2.double().unbind(-1)
+    for b in range(3):
+        for n in range(2):
+            ids = listed[b, n][listed[b, n] >= 0].long()
+            got = some.logit_BNGS[b, n, :, : len(ids)]
+            torch.testing.assert_close(got, every.logit_BNGS[b, n][:, ids])
+            norm = (total[b, n].log() + top[b, n]).logsumexp(-1)
+            torch.testing.assert_close(norm, got.double().logsumexp(-1), rtol=1e-5, atol=1e-5)

@@ -12,7 +12,13 @@ from triton_ops.score_sentences import Spread, score_sentences, score_sentences_
 
 RAGGED = [[random_lengths(19, 8), [], [3] * 5], [[2, 8, 1]], [[4], random_lengths(17, 8, seed=1)]]
 """Three lanes: sentences in three parts, one of them empty, in one, in two; more than one block in some."""
-KINDS: list[tuple[Spread | None, bool]] = [("square", True), ("abs", False), (None, False), ("square", False)]
+KINDS: list[tuple[Spread | None, bool]] = [
+    ("square", True),
+    ("abs", False),
+    (None, False),
+    ("square", False),
+    ("range", True),
+]
 
 
 def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, spread: Spread | None, log_length: bool) -> Tensor:
@@ -23,9 +29,13 @@ def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, spread: Sprea
         for part in lane.parts:
             for s in range(part.num_sentences):
                 plane_NPH = part.tables[layer][0][s].double()
+                if spread == "range":
+                    low, high = plane_NPH.unbind(dim=1)
+                    # Half the variance of Gaussian numbers whose range is 3.74 standard deviations.
+                    plane_NPH = torch.stack([(low + high) / 2, (high - low) ** 2 / 28], dim=1)
                 logit_NG = (x_NGH * plane_NPH[:, None, 0]).sum(-1)
                 if spread is not None:
-                    spread_NGH = x_NGH**2 if spread == "square" else x_NGH.abs()
+                    spread_NGH = x_NGH.abs() if spread == "abs" else x_NGH**2
                     logit_NG = logit_NG + (spread_NGH * plane_NPH[:, None, 1]).sum(-1)
                 if log_length:
                     logit_NG = logit_NG + lane.place_S4[part.first + s, 0].double().log()

@@ -223,3 +223,33 @@ def test_kernel_on_long_contexts(group: Group, count: int) -> None:
         scores = random_scores(lanes, 4, seed=room)
         got = select_sentences_triton(scores, lanes, group=group, room_tokens=room)
         assert torch.equal(got, select_sentences_ref(scores, lanes, group=group, room_tokens=room))
+
+
+@pytest.mark.parametrize("group", ["max", "mean"])
+@pytest.mark.parametrize("budgets", [1, 3])
+def test_a_choice_among_listed_sentences(op: Op, group: Group, budgets: int, device: torch.device) -> None:
+    """Equals the choice among all, were the others scored -inf; several budgets at once are so many times one."""
+    lanes = random_batch([[random_lengths(30, 8)], [random_lengths(12, 8, seed=1)]], device, slots=6, spare=1)
+    every = random_scores(lanes, 3, seed=2)
+    generator = torch.Generator().manual_seed(5)
+    listed = torch.full((3, 2, 16), -1, dtype=torch.int32)
+    masked = torch.full_like(every.logit_BNGS, -torch.inf)
+    logit = torch.full((*every.logit_BNGS.shape[:3], 16), torch.nan)
+    for b, lane in enumerate(lanes.lanes):
+        for n in range(2):
+            ids = torch.randperm(lane.num_sentences, generator=generator)[: 10 + n].sort().values
+            listed[b, n, : len(ids)] = ids.int()
+            masked[b, n][:, ids] = every.logit_BNGS[b, n][:, ids.to(device)]
+            logit[b, n, :, : len(ids)] = every.logit_BNGS[b, n][:, ids.to(device)].cpu()
+    top = masked.amax(-1, keepdim=True).clamp(min=-1e30)
+    extent = torch.stack([top, (masked - top).exp().sum(-1, keepdim=True)], dim=-1)
+    options = {"group": group, "room_tokens": 20, "budgets": budgets}
+    got = op(Scores(logit.to(device), extent, listed.to(device)), lanes, **options)
+    want = select_sentences_ref(Scores(masked, extent), lanes, **options)
+    assert got.shape == (3, 2, budgets * lanes.most_selected)
+    assert torch.equal(got[:2], want[:2])
+    assert (got[2] == -1).all()
+    lengths = lanes.lanes[0].place_S4[:, 0]
+    tokens = torch.where(got[0] >= 0, lengths[got[0].clamp(min=0).long()], 0).sum(-1)
+    assert (tokens <= budgets * 20).all()
+    assert (tokens > (budgets - 1) * 20).all()

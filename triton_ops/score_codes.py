@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
-from triton_ops.lanes import NUM_PARTS, PARTS, PLACE, PLACE_FIRST, PLACE_LENGTH, Lanes, element_type
+from triton_ops.lanes import NUM_SENTENCES, PARTS, PLACE, PLACE_FIRST, PLACE_LENGTH, Lanes, element_type
 from triton_ops.score_sentences import Scores, scores_of, store_extents
 
 _PROGRAMS = 4224
@@ -47,7 +47,9 @@ def _score_part_ref(
     return (torch.logsumexp(logit_SNMG, dim=2) + base_SNG).permute(1, 2, 0)
 
 
-def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Scores:
+def score_codes_ref(
+    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int, sentence_BNS: Tensor | None = None
+) -> Scores:
     """Scores with the logits log of the sum over a sentence's tokens of exp(scale * q . decoded key).
 
     Columns of sentences that a lane does not have are -inf.
@@ -56,6 +58,7 @@ def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bi
         q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
         lanes: each lane's tables of this layer are the boxes `[S, N, 2, H]` of its sentences (minimum and maximum of
             their keys) and the codes `[T, N, W]` of their tokens, in order, as `encode_keys` packs them.
+        sentence_BNS: int32, the sentences to score, rising, padded with -1, a column for each; None: all.
     """
     num_kv_heads = lanes.num_kv_heads
     logit = q_BAH.new_full(
@@ -70,7 +73,10 @@ def score_codes_ref(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bi
             logit[b, :, :, sentences] = _score_part_ref(
                 q_NGH, box_SN2H[: part.num_sentences], code_TNW, length_S, scale, bits, lanes.slot_tokens
             )
-    return scores_of(logit, lanes)
+    if sentence_BNS is not None:
+        index = sentence_BNS.long()[:, :, None].expand(-1, -1, logit.shape[2], -1)
+        logit = torch.where(index >= 0, logit.gather(3, index.clamp(min=0)), -torch.inf)
+    return scores_of(logit, lanes, sentence_BNS)
 
 
 @triton.jit
@@ -97,6 +103,7 @@ def _score_codes_kernel(
     q_ptr,
     address_ptr,
     count_ptr,
+    sentence_ptr,
     logit_ptr,
     extent_ptr,
     scale,
@@ -106,6 +113,7 @@ def _score_codes_kernel(
     num_address,
     num_count,
     NUM_KV_HEADS: tl.constexpr,
+    SOME: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -138,23 +146,37 @@ def _score_codes_kernel(
     x1 = _query_run(q_ptr, q_stride_a, 1, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
     x2 = _query_run(q_ptr, q_stride_a, 2, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
     x3 = _query_run(q_ptr, q_stride_a, 3, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
-    num_parts = tl.load(count_ptr + NUM_PARTS)
-    for part in range(num_parts):
-        first = tl.load(address_ptr + PARTS + 4 * part)
-        count = tl.load(address_ptr + PARTS + 4 * part + 1)
-        box_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 2).to(tl.pointer_type(DTYPE)), 16)
-        code_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 3).to(tl.pointer_type(tl.uint8)), 16)
-        for s in range(pid.to(tl.int64), count, tl.num_programs(0)):
-            here_ptr = place_ptr + (first + s) * 4
+    sentence_ptr += (b * NUM_KV_HEADS + n).to(tl.int64) * capacity
+    num_columns = tl.load(count_ptr + NUM_SENTENCES)
+    if SOME:
+        num_columns = tl.where(num_columns > 0, capacity, 0)
+    first = tl.zeros((), tl.int64)
+    stop = tl.zeros((), tl.int64)
+    box_ptr = tl.load(address_ptr + PARTS + 2).to(tl.pointer_type(DTYPE))
+    code_ptr = tl.load(address_ptr + PARTS + 3).to(tl.pointer_type(tl.uint8))
+    part = tl.zeros((), tl.int32) - 1
+    for column in range(pid, num_columns, tl.num_programs(0)):
+        sentence = tl.zeros((), tl.int64) + column
+        if SOME:
+            sentence = tl.load(sentence_ptr + column).to(tl.int64)
+        if sentence >= 0:
+            # Sentences rise, so parts are gone through once.
+            while sentence >= stop:
+                part += 1
+                first = tl.load(address_ptr + PARTS + 4 * part)
+                stop = first + tl.load(address_ptr + PARTS + 4 * part + 1)
+                box_ptr = tl.load(address_ptr + PARTS + 4 * part + 2).to(tl.pointer_type(DTYPE))
+                code_ptr = tl.load(address_ptr + PARTS + 4 * part + 3).to(tl.pointer_type(tl.uint8))
+            here_ptr = place_ptr + sentence * 4
             length = tl.load(here_ptr + PLACE_LENGTH)
             row = tl.load(here_ptr + PLACE_FIRST).to(tl.int64) + token
             valid = token < length
             code = tl.load(
-                code_ptr + ((row * NUM_KV_HEADS + n) * WIDTH)[:, None] + w[None, :],
+                tl.multiple_of(code_ptr, 16) + ((row * NUM_KV_HEADS + n) * WIDTH)[:, None] + w[None, :],
                 mask=valid[:, None] & (w < WIDTH)[None, :],
                 other=0,
             ).to(tl.int16)
-            low_ptr = box_ptr + (s * NUM_KV_HEADS + n) * (2 * HEAD_DIM)
+            low_ptr = tl.multiple_of(box_ptr, 16) + ((sentence - first) * NUM_KV_HEADS + n) * (2 * HEAD_DIM)
             base = tl.zeros((GROUP_BLOCK, WIDTH_BLOCK), tl.float32)
             logit = tl.zeros((LONGEST, GROUP_BLOCK), tl.float32)
             for i in tl.static_range(FIELDS):
@@ -181,38 +203,43 @@ def _score_codes_kernel(
             logit = tl.where(valid[:, None], logit * 16777216.0, float("-inf"))
             highest = tl.max(logit, axis=0)
             mass = tl.log(tl.sum(tl.exp(logit - highest[None, :]), axis=0)) + highest + tl.sum(base, axis=1)
-            tl.store(logit_ptr + g * capacity + first + s, mass, mask=g < GROUP)
+            tl.store(logit_ptr + g * capacity + column, mass, mask=g < GROUP)
             now = tl.maximum(top, mass)
             total = total * tl.exp(top - now) + tl.exp(mass - now)
             top = now
     store_extents(extent_ptr, top, total, (b * NUM_KV_HEADS + n).to(tl.int64), GROUP, GROUP_BLOCK)
 
 
-def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Scores:
+def score_codes_triton(
+    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int, sentence_BNS: Tensor | None = None
+) -> Scores:
     """Logits of sentences from coded keys, by one kernel; columns past a lane's sentences hold anything."""
     num_kv_heads = lanes.num_kv_heads
     batch, num_heads, head_dim = q_BAH.shape
     group = num_heads // num_kv_heads
     assert q_BAH.stride(2) == 1
-    logit = torch.empty((batch, num_kv_heads, group, lanes.capacity), dtype=torch.float32, device=q_BAH.device)
+    capacity = lanes.capacity if sentence_BNS is None else sentence_BNS.shape[2]
+    logit = torch.empty((batch, num_kv_heads, group, capacity), dtype=torch.float32, device=q_BAH.device)
     address_rows = lanes.address_rows(layer)
     width = triton.cdiv(head_dim, 8 // bits)
-    programs = min(lanes.capacity, max(1, _PROGRAMS // (num_kv_heads * batch)))
+    programs = min(capacity, max(1, _PROGRAMS // (num_kv_heads * batch)))
     extent = torch.empty((*logit.shape[:3], programs, 2), dtype=torch.float32, device=q_BAH.device)
     early = starts_early(q_BAH)
     _score_codes_kernel[(programs, num_kv_heads, batch)](
         q_BAH,
         address_rows,
         lanes.count_of,
+        lanes.count_of if sentence_BNS is None else sentence_BNS,
         logit,
         extent,
         scale,
-        lanes.capacity,
+        capacity,
         q_BAH.stride(0),
         q_BAH.stride(1),
         address_rows.stride(0),
         lanes.count_of.stride(0),
         NUM_KV_HEADS=num_kv_heads,
+        SOME=sentence_BNS is not None,
         GROUP=group,
         GROUP_BLOCK=max(8, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
@@ -225,10 +252,12 @@ def score_codes_triton(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float,
         num_warps=1,
         **launch_options(early),
     )
-    return Scores(logit, extent)
+    return Scores(logit, extent, sentence_BNS)
 
 
-def score_codes(q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int) -> Scores:
+def score_codes(
+    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int, sentence_BNS: Tensor | None = None
+) -> Scores:
     """Logits of sentences from coded keys; see `score_codes_ref`."""
     op = score_codes_triton if q_BAH.is_cuda else score_codes_ref
-    return op(q_BAH, lanes, layer, scale=scale, bits=bits)
+    return op(q_BAH, lanes, layer, scale=scale, bits=bits, sentence_BNS=sentence_BNS)

@@ -10,7 +10,10 @@ from torch import Tensor
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import NUM_PARTS, NUM_SENTENCES, PARTS, PLACE, PLACE_LENGTH, Lanes, element_type
 
-Spread = Literal["square", "abs"]
+Spread = Literal["square", "abs", "range"]
+
+VARIANCE_OF_RANGE = 1 / 14
+"""Variance of about twenty Gaussian numbers, as a share of their squared range: a range of 3.74 standard deviations."""
 
 
 class Scores(NamedTuple):
@@ -18,21 +21,31 @@ class Scores(NamedTuple):
 
     `logit_BNGS`: float32, S the capacity of the lanes. `extent_BNGX2`: float32, for each of X shares of a lane's
     sentences, the highest logit and the sum of `exp(logit - highest)`: together the normalisers of a softmax.
+    `sentence_BNS`: int32, the sentences that the columns are, rising, then -1, where not all were scored; None: column
+    s is sentence s.
     """
 
     logit_BNGS: Tensor
     extent_BNGX2: Tensor
+    sentence_BNS: Tensor | None = None
 
 
-def scores_of(logit_BNGS: Tensor, lanes: Lanes) -> Scores:
+def scores_of(logit_BNGS: Tensor, lanes: Lanes, sentence_BNS: Tensor | None = None) -> Scores:
     """Scores from logits alone."""
+    if sentence_BNS is not None:
+        masked = logit_BNGS.masked_fill((sentence_BNS < 0)[:, :, None], -torch.inf)
+        return Scores(logit_BNGS, _extents(masked), sentence_BNS)
     masked = logit_BNGS.masked_fill(
         torch.arange(lanes.capacity, device=logit_BNGS.device)
         >= lanes.count_of[:, NUM_SENTENCES.value, None, None, None],
         -torch.inf,
     )
-    top = masked.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    return Scores(logit_BNGS, torch.stack([top, (masked - top).exp().sum(-1, keepdim=True)], dim=-1))
+    return Scores(logit_BNGS, _extents(masked))
+
+
+def _extents(masked_BNGS: Tensor) -> Tensor:
+    top = masked_BNGS.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    return torch.stack([top, (masked_BNGS - top).exp().sum(-1, keepdim=True)], dim=-1)
 
 
 _BLOCK = 64
@@ -51,7 +64,9 @@ def score_sentences_ref(
     Args:
         q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
         lanes: each lane's first table of this layer is `[S, N, P, H]`, with P planes.
-        spread: `f`, the element-wise `square` or absolute value (`abs`); None: there is one plane.
+        spread: `f`, the element-wise `square` or absolute value (`abs`); None: there is one plane. `range`: the planes
+            are the lowest and the highest number of each dimension; the logit is `x . mean + 1/2 x^2 . variance`, with
+            the middle for the mean, and for the variance that of Gaussian numbers of such a range.
         log_length: whether the last term is there.
     """
     num_kv_heads = lanes.num_kv_heads
@@ -62,15 +77,21 @@ def score_sentences_ref(
         x_NGH = q_BAH[b].float().view(num_kv_heads, -1, q_BAH.shape[2]) * scale
         for part in lane.parts:
             planes = part.tables[layer][0][: part.num_sentences].float()
+            if spread == "range":
+                low, high = planes.unbind(dim=2)
+                planes = torch.stack([(low + high) / 2, (high - low).square() * (VARIANCE_OF_RANGE / 2)], dim=2)
             part_NGS = torch.einsum("ngh,snh->ngs", x_NGH, planes[:, :, 0])
             if spread is not None:
-                spread_NGH = x_NGH.square() if spread == "square" else x_NGH.abs()
+                spread_NGH = x_NGH.abs() if spread == "abs" else x_NGH.square()
                 part_NGS += torch.einsum("ngh,snh->ngs", spread_NGH, planes[:, :, 1])
             sentences = slice(part.first, part.first + part.num_sentences)
             if log_length:
                 part_NGS += lane.place_S4[sentences, 0].float().log()
             logit[b, :, :, sentences] = part_NGS
     return scores_of(logit, lanes)
+
+
+HALF_VARIANCE_OF_RANGE = tl.constexpr(VARIANCE_OF_RANGE / 2)
 
 
 @triton.jit
@@ -102,6 +123,7 @@ def _score_sentences_kernel(
     HEAD_BLOCK: tl.constexpr,
     NUM_PLANES: tl.constexpr,
     SQUARE: tl.constexpr,
+    RANGE: tl.constexpr,
     LOG_LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -144,7 +166,12 @@ def _score_sentences_kernel(
             plane0 = tl.load(rows, mask=mask, other=0.0)
             if NUM_PLANES == 2:
                 plane1 = tl.load(rows + HEAD_DIM, mask=mask, other=0.0)
-            logit = tl.dot(plane0, q, input_precision=PRECISION) * scale
+            logit = tl.dot(plane0, q, input_precision=PRECISION)
+            if RANGE:
+                logit = tl.dot(plane1, q, logit, input_precision=PRECISION) * 0.5
+                width = plane1.to(tl.float32) - plane0.to(tl.float32)
+                plane1 = tl.minimum(width * width * HALF_VARIANCE_OF_RANGE, 65504.0).to(DTYPE)
+            logit = logit * scale
             if NUM_PLANES == 2:
                 if SQUARE:
                     second = tl.dot(plane1, rest, input_precision=PRECISION)
@@ -196,7 +223,8 @@ def score_sentences_triton(
         HEAD_DIM=head_dim,
         HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         NUM_PLANES=1 if spread is None else 2,
-        SQUARE=spread == "square",
+        SQUARE=spread in ("square", "range"),
+        RANGE=spread == "range",
         LOG_LENGTH=log_length,
         BLOCK=_BLOCK,
         PRECISION="ieee" if q_BAH.dtype == torch.float32 else "tf32",

@@ -34,38 +34,51 @@ def group_scores(logit_NGS: Tensor, *, group: Group) -> Tensor:
     return share_NGS.amax(dim=1) if group == "max" else share_NGS.exp().mean(dim=1).log()
 
 
-def best_that_fit(score_NS: Tensor, length_S: Tensor, *, room_tokens: int, max_selected: int) -> Tensor:
+def best_that_fit(score_NS: Tensor, length_NS: Tensor, *, room_tokens: int, max_selected: int) -> Tensor:
     """Bool `[N, S]`: the longest run of best-scored sentences, at most `max_selected`, that fits `room_tokens`.
+
+    `length_NS`: tokens of each sentence, `[N, S]` or `[S]`.
 
     Sentences are ranked by falling score, ties by rising id. They are taken in that order until the next would exceed
     the budget: a worse sentence never gets in because it is short. A score of -inf is never selected.
     """
     score, rank = torch.sort(score_NS, dim=-1, descending=True, stable=True)
-    fits = (length_S[rank].cumsum(dim=-1) <= room_tokens) & (score > -torch.inf)
+    fits = (length_NS.expand_as(score_NS).gather(1, rank).cumsum(dim=-1) <= room_tokens) & (score > -torch.inf)
     fits[:, max_selected:] = False
     return torch.zeros_like(fits).scatter_(1, rank, fits)
 
 
-def select_sentences_ref(scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
+def select_sentences_ref(scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int, budgets: int = 1) -> Tensor:
     """Ids of the chosen sentences, int32 `[B, N, K]`, rising, padded with -1; see `best_that_fit`.
 
     K is the lanes' `most_selected`; no lane selects more than its own `max_selected`.
 
     Args:
         scores: logits without NaN; columns that are no sentence of a lane are not looked at.
+        room_tokens: the budget that sentences may fill.
+        budgets: how many times room, `max_selected` and K are taken, for a choice that another will narrow.
     """
     logit_BNGS = scores.logit_BNGS
     batch, num_kv_heads = logit_BNGS.shape[:2]
-    selected = torch.full((batch, num_kv_heads, lanes.most_selected), -1, dtype=torch.int32, device=logit_BNGS.device)
+    shape = (batch, num_kv_heads, budgets * lanes.most_selected)
+    selected = torch.full(shape, -1, dtype=torch.int32, device=logit_BNGS.device)
     for b, lane in enumerate(lanes.lanes):
         if lane.num_sentences == 0:
             continue
-        score_NS = group_scores(logit_BNGS[b, :, :, : lane.num_sentences], group=group)
-        length_S = lane.place_S4[: lane.num_sentences, 0].long()
-        chosen = best_that_fit(score_NS, length_S, room_tokens=room_tokens, max_selected=lane.max_selected)
-        head, sentence = chosen.nonzero(as_tuple=True)
-        place = chosen.long().cumsum(dim=1)[head, sentence] - 1
-        selected[b, head, place] = sentence.int()
+        if scores.sentence_BNS is None:
+            sentence_NS = torch.arange(lane.num_sentences, device=logit_BNGS.device).expand(num_kv_heads, -1)
+        else:
+            sentence_NS = scores.sentence_BNS[b].long()
+        known_NS = sentence_NS >= 0
+        logit_NGS = logit_BNGS[b, :, :, : sentence_NS.shape[1]].masked_fill(~known_NS[:, None], -torch.inf)
+        score_NS = group_scores(logit_NGS, group=group).masked_fill(~known_NS, -torch.inf)
+        length_NS = lane.place_S4[:, 0].long()[sentence_NS.clamp(min=0)]
+        chosen = best_that_fit(
+            score_NS, length_NS, room_tokens=budgets * room_tokens, max_selected=budgets * lane.max_selected
+        )
+        head, column = chosen.nonzero(as_tuple=True)
+        place = chosen.long().cumsum(dim=1)[head, column] - 1
+        selected[b, head, place] = sentence_NS[head, column].int()
     return selected
 
 
@@ -90,6 +103,7 @@ def _ordered(score):
 def _rank_sentences_kernel(
     logit_ptr,
     extent_ptr,
+    sentence_ptr,
     key_ptr,
     histogram_ptr,
     address_ptr,
@@ -103,6 +117,7 @@ def _rank_sentences_kernel(
     GROUP_BLOCK: tl.constexpr,
     EXTENT_BLOCK: tl.constexpr,
     MAX: tl.constexpr,
+    SOME: tl.constexpr,
     BINS: tl.constexpr,
     BINS_PER_NAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -112,7 +127,11 @@ def _rank_sentences_kernel(
     block, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
     wait_for_inputs(EARLY)
-    if block * BLOCK < num_sentences:
+    # Columns are sentences, or some sentences that are listed.
+    num_columns = num_sentences
+    if SOME:
+        num_columns = tl.where(num_sentences > 0, capacity, 0)
+    if block * BLOCK < num_columns:
         head = (b * NUM_KV_HEADS + n).to(tl.int64)
         place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
         place_ptr = tl.multiple_of(place_ptr, 16)
@@ -127,7 +146,11 @@ def _rank_sentences_kernel(
         top = tl.where(top == float("-inf"), 0.0, top)
         norm = top + tl.log(tl.maximum(tl.sum(sum_GX * tl.exp(top_GX - top[:, None]), axis=1), 1e-38))
         s = block * BLOCK + tl.arange(0, BLOCK)
-        known = s < num_sentences
+        known = s < num_columns
+        sentence = s
+        if SOME:
+            sentence = tl.load(sentence_ptr + head * capacity + s, mask=known, other=-1)
+            known = sentence >= 0
         logit = tl.load(
             logit_ptr + (head * GROUP + g)[:, None] * capacity + s[None, :],
             mask=in_group[:, None] & known[None, :],
@@ -140,8 +163,8 @@ def _rank_sentences_kernel(
             mean = tl.sum(tl.exp(share), axis=0) / GROUP
             score = tl.where(mean > 0, tl.log(tl.maximum(mean, 1e-38)), float("-inf"))
         eligible = known & (score > float("-inf"))
-        tl.store(key_ptr + head * capacity + s, tl.where(eligible, _ordered(score), -0x80000000), mask=known)
-        length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=eligible, other=0)
+        tl.store(key_ptr + head * capacity + s, tl.where(eligible, _ordered(score), -0x80000000), mask=s < num_columns)
+        length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=eligible, other=0)
         bin = tl.minimum(tl.maximum(score, -1e6) * -BINS_PER_NAT, BINS - 1.0).to(tl.int32)
         bin = tl.maximum(bin, 0)
         tl.atomic_add(histogram_ptr + head * BINS + bin, (length.to(tl.int64) << 32) | 1, mask=eligible, sem="relaxed")
@@ -186,6 +209,7 @@ def _middle(low, high):
 @triton.jit
 def _select_sentences_kernel(
     key_ptr,
+    sentence_ptr,
     histogram_ptr,
     listed_ptr,
     address_ptr,
@@ -194,9 +218,11 @@ def _select_sentences_kernel(
     capacity,
     room_tokens,
     most_selected,
+    budgets,
     num_address,
     num_count,
     NUM_KV_HEADS: tl.constexpr,
+    SOME: tl.constexpr,
     BINS: tl.constexpr,
     BINS_PER_NAT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -219,14 +245,17 @@ def _select_sentences_kernel(
     selected_ptr += head * most_selected
     place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
     place_ptr = tl.multiple_of(place_ptr, 16)
-    num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
-    max_selected = tl.load(count_ptr + b * num_count + MAX_SELECTED)
+    num_columns = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
+    if SOME:
+        num_columns = tl.where(num_columns > 0, capacity, 0)
+    max_selected = tl.load(count_ptr + b * num_count + MAX_SELECTED) * budgets
+    sentence_ptr += head * capacity
     wait_for_inputs(EARLY)
 
     bin = tl.arange(0, BINS)
     in_bin = tl.load(histogram_ptr + bin)
     s0 = tl.arange(0, BLOCK)
-    key0 = tl.load(key_ptr + s0, mask=s0 < num_sentences, other=-0x80000000)
+    key0 = tl.load(key_ptr + s0, mask=s0 < num_columns, other=-0x80000000)
     tl.store(histogram_ptr + bin, tl.zeros((BINS,), tl.int64))
     up_to = tl.cumsum(in_bin, axis=0)
     bin_fits = ((up_to >> 32) <= room_tokens) & ((up_to & 0xFFFFFFFF) <= max_selected)
@@ -243,16 +272,19 @@ def _select_sentences_kernel(
         high = tl.where(last == 0, 0x7FFFFFFF, _ordered(edge) + 1)
         if last < BINS - 1:
             low = _ordered(edge - 1.0 / BINS_PER_NAT) + 1
-        for start in range(0, num_sentences, BLOCK):
+        for start in range(0, num_columns, BLOCK):
             s = start + s0
             key = key0
             if not ONE_BLOCK:
-                key = tl.load(key_ptr + s, mask=s < num_sentences, other=-0x80000000)
+                key = tl.load(key_ptr + s, mask=s < num_columns, other=-0x80000000)
             between = (key >= low) & (key < high)
             number = tl.sum(between.to(tl.int32), axis=0)
             if number > 0:
                 place = listed + tl.cumsum(between.to(tl.int32), axis=0) - 1
-                length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=between, other=0)
+                sentence = s
+                if SOME:
+                    sentence = tl.load(sentence_ptr + s, mask=between, other=0)
+                length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=between, other=0)
                 tl.store(listed_key_ptr + place, key, mask=between)
                 tl.store(listed_length_ptr + place, length, mask=between)
                 listed += number
@@ -287,15 +319,18 @@ def _select_sentences_kernel(
     num_taken = tl.zeros((), tl.int32)
     tied_tokens = tl.zeros((), tl.int32)
     tied_count = tl.zeros((), tl.int32)
-    for start in range(0, num_sentences, BLOCK):
+    for start in range(0, num_columns, BLOCK):
         s = start + s0
         key = key0
         if not ONE_BLOCK:
-            key = tl.load(key_ptr + s, mask=s < num_sentences, other=-0x80000000)
+            key = tl.load(key_ptr + s, mask=s < num_columns, other=-0x80000000)
         taken = key >= high
         if low_count - high_count > 1:
             tied = (key >= low) & (key < high)
-            length = tl.load(place_ptr + s * 4 + PLACE_LENGTH, mask=tied, other=0)
+            sentence = s
+            if SOME:
+                sentence = tl.load(sentence_ptr + s, mask=tied, other=0)
+            length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=tied, other=0)
             before = tied_tokens + tl.cumsum(length, axis=0)
             rank = tied_count + tl.cumsum(tied.to(tl.int32), axis=0)
             fits = (high_tokens + before <= room_tokens) & (high_count + rank <= max_selected)
@@ -305,20 +340,28 @@ def _select_sentences_kernel(
         number = tl.sum(taken.to(tl.int32), axis=0)
         if number > 0:
             place = num_taken + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-            tl.store(selected_ptr + place, s, mask=taken)
+            chosen = s
+            if SOME:
+                chosen = tl.load(sentence_ptr + s, mask=taken, other=-1)
+            tl.store(selected_ptr + place, chosen, mask=taken)
             num_taken += number
     k = tl.arange(0, SELECTED_BLOCK)
     tl.store(selected_ptr + k, -1, mask=(k >= num_taken) & (k < most_selected))
 
 
-def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
+def select_sentences_triton(
+    scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int, budgets: int = 1
+) -> Tensor:
     """Ids of the chosen sentences, by two kernels: one ranks them, in many programs, one cuts the ranking."""
-    logit_BNGS, extent_BNGX2 = scores
+    logit_BNGS, extent_BNGX2, sentence_BNS = scores
     batch, num_kv_heads, num_groups, capacity = logit_BNGS.shape
     assert logit_BNGS.is_contiguous()
     assert extent_BNGX2.is_contiguous()
     device = logit_BNGS.device
-    selected = torch.empty((batch, num_kv_heads, lanes.most_selected), dtype=torch.int32, device=device)
+    most_selected = budgets * lanes.most_selected
+    some = sentence_BNS is not None
+    assert sentence_BNS is None or sentence_BNS.is_contiguous()
+    selected = torch.empty((batch, num_kv_heads, most_selected), dtype=torch.int32, device=device)
     key = torch.empty((batch, num_kv_heads, capacity), dtype=torch.int32, device=device)
     listed = torch.empty((batch, num_kv_heads, 2, capacity), dtype=torch.int32, device=device)
     histogram = lanes.scratch("select_sentences", (lanes.num_lanes, num_kv_heads, _BINS), torch.int64)
@@ -328,6 +371,7 @@ def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_
     _rank_sentences_kernel[(triton.cdiv(capacity, _RANKED), num_kv_heads, batch)](
         logit_BNGS,
         extent_BNGX2,
+        key if sentence_BNS is None else sentence_BNS,
         key,
         histogram,
         address_rows,
@@ -341,6 +385,7 @@ def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_
         GROUP_BLOCK=triton.next_power_of_2(num_groups),
         EXTENT_BLOCK=triton.next_power_of_2(num_extents),
         MAX=group == "max",
+        SOME=some,
         BINS=_BINS,
         BINS_PER_NAT=_BINS_PER_NAT,
         BLOCK=_RANKED,
@@ -351,23 +396,26 @@ def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_
     block = min(triton.next_power_of_2(capacity), _MOST_KEYS)
     _select_sentences_kernel[(num_kv_heads, batch)](
         key,
+        key if sentence_BNS is None else sentence_BNS,
         histogram,
         listed,
         address_rows,
         lanes.count_of,
         selected,
         capacity,
-        room_tokens,
-        lanes.most_selected,
+        budgets * room_tokens,
+        most_selected,
+        budgets,
         address_rows.stride(0),
         lanes.count_of.stride(0),
         NUM_KV_HEADS=num_kv_heads,
+        SOME=some,
         BINS=_BINS,
         BINS_PER_NAT=_BINS_PER_NAT,
         ONE_BLOCK=capacity <= block,
         BLOCK=block,
         LISTED_BLOCK=min(block, _LISTED),
-        SELECTED_BLOCK=triton.next_power_of_2(lanes.most_selected),
+        SELECTED_BLOCK=triton.next_power_of_2(most_selected),
         EARLY=early,
         num_warps=min(16, max(4, block // 512)),
         **launch_options(early),
@@ -375,7 +423,7 @@ def select_sentences_triton(scores: Scores, lanes: Lanes, *, group: Group, room_
     return selected
 
 
-def select_sentences(scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int) -> Tensor:
+def select_sentences(scores: Scores, lanes: Lanes, *, group: Group, room_tokens: int, budgets: int = 1) -> Tensor:
     """The best sentences within a token budget; see `select_sentences_ref`."""
     op = select_sentences_triton if scores.logit_BNGS.is_cuda else select_sentences_ref
-    return op(scores, lanes, group=group, room_tokens=room_tokens)
+    return op(scores, lanes, group=group, room_tokens=room_tokens, budgets=budgets)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from sentencekv.policies import Policy, Tables
-from triton_ops import Lanes, Scores, encode_keys, score_codes, summarize
+from triton_ops import (
+    Lanes,
+    Scores,
+    encode_keys,
+    score_codes,
+    score_sentences,
+    select_sentences,
+    summarize,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +29,16 @@ class Codes(Policy):
     bits: int = 2
     """Bits per dimension: 1, 2 or 4."""
 
+    shortlist: int = 0
+    """Budgets of sentences that the boxes alone pick, by the mass that Gaussian keys of such ranges would get; codes
+    decide among those, which is faster in long contexts and misses what boxes miss. 0: codes of all are read."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bits not in (1, 2, 4):
             raise ValueError(f"policy option bits must be 1, 2 or 4, got {self.bits!r}")
+        if not isinstance(self.shortlist, int) or not (self.shortlist == 0 or self.shortlist >= 2):
+            raise ValueError(f"policy option shortlist must be 0 or at least 2, got {self.shortlist!r}")
 
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         moments = summarize(key_TNH, offsets)
@@ -33,3 +47,11 @@ class Codes(Policy):
 
     def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
         return score_codes(q_BAH, lanes, layer, scale=scale, bits=self.bits)
+
+    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
+        if not self.shortlist:
+            return super().select(q_BAH, lanes, layer, scale=scale, room_tokens=room_tokens)
+        by_box = score_sentences(q_BAH, lanes, layer, scale=scale, spread="range", log_length=True)
+        listed = select_sentences(by_box, lanes, group=self.group, room_tokens=room_tokens, budgets=self.shortlist)
+        by_codes = score_codes(q_BAH, lanes, layer, scale=scale, bits=self.bits, sentence_BNS=listed)
+        return select_sentences(by_codes, lanes, group=self.group, room_tokens=room_tokens)
