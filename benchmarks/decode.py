@@ -228,7 +228,7 @@ def main(
         bool, typer.Option(help="Profile one recorded step of each policy at the last context.")
     ] = False,
     source_commit: Annotated[str | None, typer.Option(help="Commit to record where git cannot tell.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md, after each context.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md, after each row.")] = None,
 ) -> None:
     """Time decoding with random weights over random contexts, sparse and dense; the last line is JSON."""
     if shape not in SHAPES:
@@ -293,8 +293,6 @@ def main(
         model=model,
         layers=layers,
         memory=memory,
-        bandwidth=bandwidth,
-        weight_bytes=weight_bytes,
         tolerance=max(done["tolerance"] for done in checks),
     )
     rows: list[dict[str, Any]] = []
@@ -321,15 +319,17 @@ def main(
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
+        add_ratios(rows, weight_bytes, bandwidth)
+        if save is not None:
+            report.save(save, result, text_of(result))
         time_text = f"{row['tpot_ms_median']:.2f} ms" if "tpot_ms_median" in row else row["status"]
         report.say(f"  {row['context_tokens']}, batch {row['batch']}, {label(row)}: {time_text}")
 
     for number, tokens in enumerate(context_list):
         report.say(f"{tokens} tokens of context")
         Rows(machine, settings, tokens, add).run(profile=profile and number == len(context_list) - 1)
-        add_ratios(rows, weight_bytes, bandwidth)
-        if save is not None:
-            report.save(save, result, text_of(result))
+    if save is not None:
+        report.save(save, result, text_of(result))
     print(text_of(result))
     print(json.dumps(result))
 

@@ -19,6 +19,11 @@ _NATS = 40.0
 """Range of the forced scores of what is selected; farther sentences score lower still."""
 
 
+def _spacing(num_tokens: int) -> int:
+    """Tokens of the order between one lane and the next, whatever the number of lanes: a golden section of it."""
+    return int(0.618 * num_tokens)
+
+
 def force_ref(scores: Scores, lanes: Lanes, start_S: Tensor, moved: Tensor, num_tokens: int, rate: float) -> None:
     """Write scores by which selection takes a window of a fixed order, which moves on by `moved` tokens each step.
 
@@ -31,9 +36,9 @@ def force_ref(scores: Scores, lanes: Lanes, start_S: Tensor, moved: Tensor, num_
         num_tokens: of the order.
         rate: by how much the score falls with each token of distance.
     """
-    logit_BNGS, extent_BNGX2 = scores
+    logit_BNGS, extent_BNGX2 = scores.logit_BNGS, scores.extent_BNGX2
     for b, lane in enumerate(lanes.lanes):
-        place = (lane.step * int(moved) + b * (num_tokens // lanes.num_lanes)) % num_tokens
+        place = (lane.step * int(moved) + b * _spacing(num_tokens)) % num_tokens
         logit_BNGS[b] = -rate * num_tokens
         logit_BNGS[b, :, :, : start_S.numel()] = -rate * ((start_S - place) % num_tokens).float()
         logit_BNGS[b, :, :, lane.num_sentences :] = -torch.inf
@@ -56,6 +61,7 @@ def _force_kernel(  # type: ignore[no-untyped-def]
     num_count,
     num_ordered,
     num_tokens,
+    spacing,
     rate,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -67,7 +73,7 @@ def _force_kernel(  # type: ignore[no-untyped-def]
     moved = tl.load(moved_ptr)
     s = block * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(start_ptr + s, mask=s < num_ordered, other=0)
-    place = (step.to(tl.int64) * moved + b * (num_tokens // tl.num_programs(2))) % num_tokens
+    place = (step.to(tl.int64) * moved + b * spacing) % num_tokens
     distance = start - place.to(tl.int32)
     distance = tl.where(distance < 0, distance + num_tokens, distance)
     distance = tl.where(s < num_ordered, distance, num_tokens)
@@ -83,7 +89,7 @@ def _force_kernel(  # type: ignore[no-untyped-def]
 
 def force_triton(scores: Scores, lanes: Lanes, start_S: Tensor, moved: Tensor, num_tokens: int, rate: float) -> None:
     """Write scores by which selection takes a window of a fixed order, by one kernel; see `force_ref`."""
-    logit_BNGS, extent_BNGX2 = scores
+    logit_BNGS, extent_BNGX2 = scores.logit_BNGS, scores.extent_BNGX2
     batch, num_heads, num_groups, capacity = logit_BNGS.shape
     block = 1024
     assert extent_BNGX2.shape[3] <= block
@@ -99,6 +105,7 @@ def force_triton(scores: Scores, lanes: Lanes, start_S: Tensor, moved: Tensor, n
         lanes.count_of.stride(0),
         start_S.numel(),
         num_tokens,
+        _spacing(num_tokens),
         rate,
         GROUPS=num_heads * num_groups,
         BLOCK=block,
@@ -152,7 +159,12 @@ class Forced(Policy):
         return self.policy.summarize(key_TNH, offsets)
 
     def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
-        scores = self.policy.score(q_BAH, lanes, layer, scale=scale)
-        force = force_triton if scores.logit_BNGS.is_cuda else force_ref
+        scored = self.policy.score(q_BAH, lanes, layer, scale=scale)
+        logit_BNGS = scored.logit_BNGS
+        if logit_BNGS.shape[3] != lanes.capacity:
+            # The policy scored only some; selection then goes through all, which takes a little longer.
+            logit_BNGS = logit_BNGS.new_empty((*logit_BNGS.shape[:3], lanes.capacity))
+        scores = Scores(logit_BNGS, scored.extent_BNGX2)
+        force = force_triton if logit_BNGS.is_cuda else force_ref
         force(scores, lanes, self.start_S, self.moved, self.num_tokens, _NATS / self.room_tokens)
         return scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,25 +16,18 @@ from sentencekv.graph import Stepper
 from sentencekv.session import Session
 
 
-class UnmodifiedLayers:
-    """In place of `FusedLayers`: the model's layers as they are."""
-
-    num_fused = 0
-
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        """Changes nothing."""
-        return contextlib.nullcontext()
-
-
 def eager_step(model: PreTrainedModel, sessions: Sequence[Session]) -> Step:
     """One token for each session, launched kernel by kernel, the model's modules as they are."""
     return lambda tokens: forward(model, [[token] for token in tokens], sessions, exact=False)
 
 
-def make_stepper(model: PreTrainedModel, session: Session, layers: FusedLayers | UnmodifiedLayers) -> Stepper:
-    """A stepper for the session's policy with these layers, which are then looked at once and not for every graph."""
-    stepper = Stepper(model, session.policy)
-    stepper._fused = layers  # type: ignore[assignment]
+def make_stepper(model: PreTrainedModel, session: Session, layers: FusedLayers | None) -> Stepper:
+    """A stepper for the session's policy with these layers, which are then looked at once and not for every graph.
+
+    `layers` None: the model's layers as they are.
+    """
+    stepper = Stepper(model, session.policy, fuse=layers is not None)
+    stepper._fused = layers
     return stepper
 
 

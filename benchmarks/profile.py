@@ -32,7 +32,7 @@ def profile_step(step: Callable[[], object], device: torch.device, num_layers: i
         report.synchronize(device)
     events = recorded.events()
     assert events is not None
-    (whole,) = (e for e in events if e.name == "benchmark_step" and e.device_type == DeviceType.CPU)
+    whole = next(e for e in events if e.name == "benchmark_step" and e.device_type == DeviceType.CPU)
     calls = [e for e in events if e.device_type == DeviceType.CPU and whole.time_range.start <= e.time_range.start]
     calls = [e for e in calls if e.time_range.end <= whole.time_range.end]
     launched_at = max((e.time_range.start for e in calls if e.name == "cudaGraphLaunch"), default=float("inf"))

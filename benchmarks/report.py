@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.metadata
 import itertools
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -117,8 +118,32 @@ def _seconds_of_copy(source: torch.Tensor, target: torch.Tensor, device: torch.d
     return min(seconds[2:])
 
 
-def recorded_times(launch: Callable[[], object], device: torch.device, repeats: int = 20) -> list[float]:
-    """Microseconds of each replay of what `launch` does, recorded as one CUDA graph; on a CPU of each call."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Op:
+    """What `benchmarks.ops` checks and times."""
+
+    name: str
+    detail: str
+    launch: Callable[[], object]
+    """All launches, one after another."""
+    check: Callable[[], float]
+    """The error of one of them."""
+    limit: float
+    num_bytes: int | None
+    """What all of them move; None where that is not what takes the time."""
+    launches: int
+    limited_by: Literal["device", "host"] = "device"
+    graph: bool = True
+    """False: launched anew each time, where the host is far faster than the device."""
+
+
+def recorded_times(
+    launch: Callable[[], object], device: torch.device, repeats: int = 20, *, graph: bool = True
+) -> list[float]:
+    """Microseconds of each replay of what `launch` does, recorded as one CUDA graph; on a CPU of each call.
+
+    `graph=False`: launched anew each time.
+    """
     launch()
     if device.type != "cuda":
         microseconds = []
@@ -128,19 +153,36 @@ def recorded_times(launch: Callable[[], object], device: torch.device, repeats: 
             microseconds.append((time.perf_counter() - started_at) * 1e6)
         return microseconds
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = launch()
+    again, kept = launch, None
+    if graph:
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            kept = launch()
+        again = recorded.replay
     for _ in range(2):
-        graph.replay()
+        again()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
-        graph.replay()
+        again()
         mark.record()
     torch.cuda.synchronize(device)
     del kept
     return [before.elapsed_time(after) * 1e3 for before, after in itertools.pairwise(marks)]
+
+
+def time_steps(
+    step: Callable[[Sequence[int]], object], token_rows: Sequence[Sequence[int]], device: torch.device
+) -> list[float]:
+    """Milliseconds of each step, synchronised before and after."""
+    milliseconds = []
+    for tokens in token_rows:
+        synchronize(device)
+        started_at = time.perf_counter()
+        step(tokens)
+        synchronize(device)
+        milliseconds.append((time.perf_counter() - started_at) * 1e3)
+    return milliseconds
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -16,7 +16,6 @@ from benchmarks import report
 from benchmarks.baselines import Step, dense_step, flashinfer_launch, offloaded_cache
 from benchmarks.forced import Forced
 from benchmarks.ours import (
-    UnmodifiedLayers,
     eager_step,
     graph_step,
     holdings,
@@ -70,9 +69,6 @@ class Machine:
     model: PreTrainedModel
     layers: FusedLayers
     memory: HostMemory
-    bandwidth: float
-    """Measured copy bandwidth of the device, bytes per second."""
-    weight_bytes: int
     tolerance: float
     """Relative difference of logits that passes."""
 
@@ -231,12 +227,12 @@ class Rows:
         # Summaries are read from each sequence's own memory, as they would be for different documents.
         sequences = [single] if batch == 1 else [twin(single) for _ in range(batch)]
         forced = Forced.of(single, settings.seed)
-        steppers: dict[bool, Stepper] = {}
+        steppers: dict[tuple[str, bool], Stepper] = {}
         for hit_rate in settings.hit_rates:
-            variants: list[tuple[str, FusedLayers | UnmodifiedLayers | None]] = [("graph, fused", self._machine.layers)]
+            variants = ["graph, fused"]
             shown = self.context.num_tokens == settings.before_after and hit_rate == self._typical_hit_rate()
             if shown and batch == 1 and name == settings.policies[0] and budget == settings.budgets[0]:
-                variants = [("eager", None), ("graph, modules as they are", UnmodifiedLayers()), *variants]
+                variants = ["eager", "graph, modules as they are", *variants]
             if hit_rate is not None:
                 forced.set_hit_rate(hit_rate)
             used = policy if hit_rate is None else forced
@@ -248,21 +244,19 @@ class Rows:
                 return made
 
             reference = self._first_logits(eager_step(model, fork()), batch)
-            for variant, layers in variants:
+            for variant in variants:
                 row = self._row(variant, **facts, hit_rate_asked=hit_rate)
                 if batch > 1:
                     row["shared"] = "host KV; summaries, hot set and tail are each sequence's own"
                 running = fork()
 
-                def make(row: dict = row, running: list = running, layers: Any = layers, used: Any = used) -> Step:
-                    if layers is None:
+                def make(row: dict = row, running: list = running, key: Any = (variant, hit_rate is None)) -> Step:
+                    if row["variant"] == "eager":
                         return eager_step(model, running)
-                    stepper = steppers.get(used is forced) if layers is self._machine.layers else None
-                    if stepper is None:
-                        stepper = make_stepper(model, running[0], layers)
-                        if layers is self._machine.layers:
-                            steppers[used is forced] = stepper
-                    return self._recorded(row, stepper, running)
+                    if key not in steppers:
+                        layers = self._machine.layers if row["variant"] == "graph, fused" else None
+                        steppers[key] = make_stepper(model, running[0], layers)
+                    return self._recorded(row, steppers[key], running)
 
                 def forget_warmup(running: list = running) -> None:
                     for session in running:
@@ -282,11 +276,16 @@ class Rows:
                     reference=reference,
                     on_warm=forget_warmup,
                     after=put_holdings,
-                    slow=layers is None,
+                    slow=variant == "eager",
                 )
-                if profiles is not None and hit_rate == self._typical_hit_rate() and row["status"] == "ok" and layers:
+                if (
+                    profiles is not None
+                    and hit_rate == self._typical_hit_rate()
+                    and row["status"] == "ok"
+                    and variant != "eager"
+                ):
                     step = make()
-                    profiles.append((row, functools.partial(self._profile, step, running)))
+                    profiles.append((row, functools.partial(self._profile, step, running, forced, hit_rate)))
         report.free(self._machine.device)
 
     def _typical_hit_rate(self) -> HitRate:
@@ -306,8 +305,9 @@ class Rows:
 
         return step
 
-    def _profile(self, step: Step, sessions: Sequence[Session]) -> dict[str, Any]:
+    def _profile(self, step: Step, sessions: Sequence[Session], forced: Forced, hit_rate: HitRate) -> dict[str, Any]:
         """Of a step after which no sentence closes: right after one has."""
+        forced.set_hit_rate(hit_rate or 0.0)
         tokens = self._tokens(len(sessions))
         for _ in range(sessions[0].config.max_sentence_tokens):
             before = [session.num_sentences for session in sessions]
@@ -385,7 +385,7 @@ class Rows:
                         step(next(tokens))
                     on_warm()
                     timed = settings.eager_tokens if slow else settings.new_tokens
-                    self._put_times(row, time_steps(step, [next(tokens) for _ in range(timed)], device))
+                    self._put_times(row, report.time_steps(step, [next(tokens) for _ in range(timed)], device))
                     after()
                 if device.type == "cuda":
                     row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -401,15 +401,3 @@ class Rows:
         for key, share in (("median", 0.5), ("p10", 0.1), ("p90", 0.9)):
             row[f"tpot_ms_{key}"] = report.quantile(milliseconds, share)
         row["tokens_per_second"] = row["batch"] / row["tpot_ms_median"] * 1e3
-
-
-def time_steps(step: Step, token_rows: Sequence[Sequence[int]], device: torch.device) -> list[float]:
-    """Milliseconds of each step, synchronised before and after."""
-    milliseconds = []
-    for tokens in token_rows:
-        report.synchronize(device)
-        started_at = time.perf_counter()
-        step(tokens)
-        report.synchronize(device)
-        milliseconds.append((time.perf_counter() - started_at) * 1e3)
-    return milliseconds
