@@ -46,7 +46,8 @@ class LaneBatch:
                 sorted(lanes[0].resident_kv),
                 some.device,
                 num_kv_heads=lanes[0].resident_kv[layer].shape[0],
-                capacity=_room(max(lane.num_sentences for lane in lanes) + 1, 64),
+                # A quarter more than there are, so that a reply of many sentences is not recorded anew.
+                capacity=_room(max(lane.num_sentences for lane in lanes) * 5 // 4 + 64, 128),
                 most_selected=-(-max(lane.max_selected for lane in lanes) // 32) * 32,
                 most_slots=_room(max(lane.num_slots for lane in lanes), 1),
                 max_parts=_room(max(len(lane.parts) for lane in lanes), 2),
