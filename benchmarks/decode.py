@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.baselines import Step, dense_step
 from benchmarks.ours import eager_step, graph_step, make_stepper
 from benchmarks.rows import HitRate, Machine, Rows, Settings
-from benchmarks.workload import SHAPES, Context, make_model, streamed_weight_bytes
+from benchmarks.workload import SHAPES, Context, config_of, load_policy, make_model, streamed_weight_bytes
 from sentencekv.config import Config
 from sentencekv.fused import FusedLayers
 from sentencekv.policies import available, load
@@ -46,7 +46,7 @@ def check(
     The same dense decoding with `eager` in place of `sdpa` attention says how much rounding alone does.
     """
     context = Context(model, context_tokens, CHECK_STEPS, seed)
-    covering = context.session(Config(policy=policy, budget_tokens=context_tokens + CHECK_STEPS), memory)
+    covering = context.session(config_of(policy, context_tokens + CHECK_STEPS), memory)
     steps: dict[str, Step] = {
         "dense": dense_step(model, context.cache()),
         "sparse": graph_step(make_stepper(model, covering, layers), [covering]),
@@ -211,7 +211,9 @@ def hit_rates_of(text: str) -> list[HitRate]:
 def main(
     shape: Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")] = "llama-8b",
     contexts: Annotated[str, typer.Option(help="Tokens of context, separated by commas.")] = "4096,32768,131072",
-    policies: Annotated[str, typer.Option(help="Policies that select, separated by commas.")] = "moments,codes",
+    policies: Annotated[
+        str, typer.Option(help="Policies that select, separated by commas; with options: codes:shortlist=4.")
+    ] = "moments,codes",
     budgets: Annotated[str, typer.Option(help="Budgets in tokens, separated by commas.")] = "2048",
     hit_rates: Annotated[str, typer.Option(help="Shares, or 'natural', separated by commas.")] = "0,0.6,0.85,0.95",
     batches: Annotated[str, typer.Option(help="Sequences at a time, separated by commas.")] = "1",
@@ -236,7 +238,11 @@ def main(
     selecting = [name for name in available() if load(name).reads == "selected"]
     policy_list = policies.split(",")
     for name in policy_list:
-        if name not in selecting:
+        try:
+            selects = load_policy(name).reads == "selected"
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        if not selects:
             raise typer.BadParameter(f"a policy must be one that selects: {', '.join(selecting)}; got {name!r}")
     context_list = numbers(contexts, "contexts", 256)
     settings = Settings(

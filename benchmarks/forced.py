@@ -13,141 +13,56 @@ from sentencekv.policies import Policy, Tables
 from sentencekv.session import Session
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import NUM_SENTENCES, STEP, Lanes
-from triton_ops.score_sentences import Scores
-
-_NATS = 40.0
-"""Range of the forced scores of what is selected; farther sentences score lower still."""
-
-
-def _spacing(num_tokens: int) -> int:
-    """Tokens of the order between one lane and the next, whatever the number of lanes: a golden section of it."""
-    return int(0.618 * num_tokens)
-
-
-def force_ref(scores: Scores, lanes: Lanes, start_S: Tensor, moved: Tensor, num_tokens: int, rate: float) -> None:
-    """Write scores by which selection takes a window of a fixed order, which moves on by `moved` tokens each step.
-
-    Lanes of a batch are at different places of the order. Sentences closed since the order was made come last, so that
-    the others keep theirs.
-
-    Args:
-        start_S: int32, the first token of each sentence in the order.
-        moved: int32, one number.
-        num_tokens: of the order.
-        rate: by how much the score falls with each token of distance.
-    """
-    logit_BNGS, extent_BNGX2 = scores.logit_BNGS, scores.extent_BNGX2
-    for b, lane in enumerate(lanes.lanes):
-        place = (lane.step * int(moved) + b * _spacing(num_tokens)) % num_tokens
-        logit_BNGS[b] = -rate * num_tokens
-        logit_BNGS[b, :, :, : start_S.numel()] = -rate * ((start_S - place) % num_tokens).float()
-        logit_BNGS[b, :, :, lane.num_sentences :] = -torch.inf
-    # Normalisers of one: the scores are taken as they are.
-    extent_BNGX2[..., 0] = -torch.inf
-    extent_BNGX2[..., 1] = 0.0
-    extent_BNGX2[..., 0, 0] = 0.0
-    extent_BNGX2[..., 0, 1] = 1.0
-
-
-@triton.jit
-def _force_kernel(  # type: ignore[no-untyped-def]
-    logit_ptr,
-    extent_ptr,
-    count_ptr,
-    start_ptr,
-    moved_ptr,
-    capacity,
-    num_extents,
-    num_count,
-    num_ordered,
-    num_tokens,
-    spacing,
-    rate,
-    GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    block, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
-    step = tl.load(count_ptr + b * num_count + STEP)
-    moved = tl.load(moved_ptr)
-    s = block * BLOCK + tl.arange(0, BLOCK)
-    start = tl.load(start_ptr + s, mask=s < num_ordered, other=0)
-    place = (step.to(tl.int64) * moved + b * spacing) % num_tokens
-    distance = start - place.to(tl.int32)
-    distance = tl.where(distance < 0, distance + num_tokens, distance)
-    distance = tl.where(s < num_ordered, distance, num_tokens)
-    wait_for_inputs(EARLY)
-    row = (b * GROUPS + group).to(tl.int64)
-    tl.store(logit_ptr + row * capacity + s, -rate * distance.to(tl.float32), mask=s < num_sentences)
-    if block == 0:
-        x = tl.arange(0, BLOCK)
-        pair_ptr = extent_ptr + row * num_extents * 2 + x * 2
-        tl.store(pair_ptr, tl.where(x == 0, 0.0, float("-inf")), mask=x < num_extents)
-        tl.store(pair_ptr + 1, tl.where(x == 0, 1.0, 0.0), mask=x < num_extents)
-
-
-def force_triton(scores: Scores, lanes: Lanes, start_S: Tensor, moved: Tensor, num_tokens: int, rate: float) -> None:
-    """Write scores by which selection takes a window of a fixed order, by one kernel; see `force_ref`."""
-    logit_BNGS, extent_BNGX2 = scores.logit_BNGS, scores.extent_BNGX2
-    batch, num_heads, num_groups, capacity = logit_BNGS.shape
-    block = 1024
-    assert extent_BNGX2.shape[3] <= block
-    early = starts_early(logit_BNGS)
-    _force_kernel[(triton.cdiv(capacity, block), num_heads * num_groups, batch)](
-        logit_BNGS,
-        extent_BNGX2,
-        lanes.count_of,
-        start_S,
-        moved,
-        capacity,
-        extent_BNGX2.shape[3],
-        lanes.count_of.stride(0),
-        start_S.numel(),
-        num_tokens,
-        _spacing(num_tokens),
-        rate,
-        GROUPS=num_heads * num_groups,
-        BLOCK=block,
-        EARLY=early,
-        **launch_options(early),
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Forced(Policy):
-    """Scores as `policy` does, all its work done, then selects by schedule: `1 - hit_rate` of the budget is new.
+class Schedule:
+    """A fixed order of sentences, and what a window that moves through it selects.
 
-    The hit rate is in device memory, so that one recorded graph serves them all. A context that is hardly longer than
-    the hot set has hits even if none are asked for.
+    The hit rate is in device memory, so that one recorded graph serves them all.
     """
 
-    policy: Policy
-    start_S: Tensor
-    """int32: the first token of each sentence in the order that the schedule goes through."""
+    window_SW: Tensor
+    """int32: the sentences that fill the budget from the s-th in the order on, rising ids, then -1."""
 
-    num_tokens: int
-    """Of that order."""
+    first_of_token: Tensor
+    """int32: for each token of the order, the first sentence in the order that starts there or later."""
 
     room_tokens: int
-    """Tokens that selection fills."""
-
     moved: Tensor
     """int32, one number: tokens by which the window moves at each step."""
 
+    @property
+    def num_tokens(self) -> int:
+        return self.first_of_token.numel()
+
+    @property
+    def spacing(self) -> int:
+        """Tokens between one lane's window and the next one's, whatever the number of lanes: a golden section."""
+        return int(0.618 * self.num_tokens)
+
     @classmethod
-    def of(cls, session: Session, seed: int = 0) -> Forced:
-        """A schedule through the sentences that the session has by now; sentences closed later are not selected."""
+    def of(cls, session: Session, seed: int = 0) -> Schedule:
+        """Through the sentences that the session has by now; those closed later are not selected."""
         length_S = torch.tensor([stop - start for start, stop in session.sentence_spans()])
-        order = torch.randperm(length_S.numel(), generator=torch.Generator().manual_seed(seed))
-        start_S = torch.empty_like(length_S)
-        start_S[order] = length_S[order].cumsum(0) - length_S[order]
+        room_tokens, num_sentences, num_tokens = session.config.room_tokens, length_S.numel(), int(length_S.sum())
+        order = torch.randperm(num_sentences, generator=torch.Generator().manual_seed(seed))
+        stop_S = length_S[order].cumsum(0)
+        start_S = stop_S - length_S[order]
+        # The order goes round: windows near its end take sentences from its beginning.
+        stop_2S = torch.cat([stop_S, stop_S + num_tokens])
+        room = min(room_tokens, num_tokens)
+        count_S = torch.searchsorted(stop_2S, start_S + room, right=True) - torch.arange(num_sentences)
+        assert count_S.max() <= max(session.config.max_selected, 1)
+        step = torch.arange(int(count_S.max()))
+        window_SW = order[(torch.arange(num_sentences)[:, None] + step) % num_sentences]
+        window_SW = window_SW.masked_fill(step >= count_S[:, None], num_sentences).sort(dim=1).values
+        window_SW = window_SW.masked_fill(window_SW == num_sentences, -1)
+        first_of_token = torch.searchsorted(start_S, torch.arange(num_tokens)) % num_sentences
         return cls(
-            policy=session.policy,
-            group=session.policy.group,
-            start_S=start_S.to(session.device, torch.int32),
-            num_tokens=int(length_S.sum()),
-            room_tokens=session.config.room_tokens,
+            window_SW=window_SW.to(session.device, torch.int32),
+            first_of_token=first_of_token.to(session.device, torch.int32),
+            room_tokens=room_tokens,
             moved=torch.zeros(1, dtype=torch.int32, device=session.device),
         )
 
@@ -155,16 +70,85 @@ class Forced(Policy):
         """For the steps from now on."""
         self.moved.fill_(round(self.room_tokens * (1 - hit_rate)))
 
+
+def force_ref(selected_BNK: Tensor, lanes: Lanes, schedule: Schedule) -> None:
+    """Replace a selection by the one that is scheduled for each lane's step; all heads select the same."""
+    width = schedule.window_SW.shape[1]
+    for b, lane in enumerate(lanes.lanes):
+        place = (lane.step * int(schedule.moved) + b * schedule.spacing) % schedule.num_tokens
+        selected_BNK[b] = -1
+        if lane.num_sentences:
+            selected_BNK[b, :, :width] = schedule.window_SW[int(schedule.first_of_token[place])]
+
+
+@triton.jit
+def _force_kernel(  # type: ignore[no-untyped-def]
+    selected_ptr,
+    count_ptr,
+    window_ptr,
+    first_ptr,
+    moved_ptr,
+    num_count,
+    most_selected,
+    width,
+    num_tokens,
+    spacing,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    n, b = tl.program_id(0), tl.program_id(1)
+    num_sentences = tl.load(count_ptr + b * num_count + NUM_SENTENCES)
+    step = tl.load(count_ptr + b * num_count + STEP).to(tl.int64)
+    place = (step * tl.load(moved_ptr) + b.to(tl.int64) * spacing) % num_tokens
+    first = tl.load(first_ptr + place).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    sentence = tl.load(window_ptr + first * width + k, mask=(k < width) & (num_sentences > 0), other=-1)
+    wait_for_inputs(EARLY)
+    row = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected
+    tl.store(selected_ptr + row + k, sentence, mask=k < most_selected)
+
+
+def force_triton(selected_BNK: Tensor, lanes: Lanes, schedule: Schedule) -> None:
+    """Replace a selection by the scheduled one, by one small kernel; see `force_ref`."""
+    batch, num_kv_heads, most_selected = selected_BNK.shape
+    assert selected_BNK.is_contiguous()
+    early = starts_early(selected_BNK)
+    _force_kernel[(num_kv_heads, batch)](
+        selected_BNK,
+        lanes.count_of,
+        schedule.window_SW,
+        schedule.first_of_token,
+        schedule.moved,
+        lanes.count_of.stride(0),
+        most_selected,
+        schedule.window_SW.shape[1],
+        schedule.num_tokens,
+        schedule.spacing,
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK=triton.next_power_of_2(most_selected),
+        EARLY=early,
+        **launch_options(early),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Forced(Policy):
+    """Scores and selects as `policy` does, all its work done, then takes the schedule's selection in its place.
+
+    So `1 - hit_rate` of the budget is new at each step. A context that is hardly longer than the hot set has hits even
+    if none are asked for.
+    """
+
+    policy: Policy
+    schedule: Schedule
+
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         return self.policy.summarize(key_TNH, offsets)
 
-    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
-        scored = self.policy.score(q_BAH, lanes, layer, scale=scale)
-        logit_BNGS = scored.logit_BNGS
-        if logit_BNGS.shape[3] != lanes.capacity:
-            # The policy scored only some; selection then goes through all, which takes a little longer.
-            logit_BNGS = logit_BNGS.new_empty((*logit_BNGS.shape[:3], lanes.capacity))
-        scores = Scores(logit_BNGS, scored.extent_BNGX2)
-        force = force_triton if logit_BNGS.is_cuda else force_ref
-        force(scores, lanes, self.start_S, self.moved, self.num_tokens, _NATS / self.room_tokens)
-        return scores
+    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
+        selected_BNK = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=room_tokens)
+        assert self.schedule.window_SW.shape[1] <= selected_BNK.shape[2]
+        force = force_triton if selected_BNK.is_cuda else force_ref
+        force(selected_BNK, lanes, self.schedule)
+        return selected_BNK

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import report
 from benchmarks.baselines import Step, dense_step, flashinfer_launch, offloaded_cache
-from benchmarks.forced import Forced
+from benchmarks.forced import Forced, Schedule
 from benchmarks.ours import (
     eager_step,
     graph_step,
@@ -23,11 +23,9 @@ from benchmarks.ours import (
     resident_config,
 )
 from benchmarks.profile import profile_step
-from benchmarks.workload import CHUNK_TOKENS, Context, twin, with_budget
-from sentencekv.config import Config
+from benchmarks.workload import CHUNK_TOKENS, Context, config_of, load_policy, twin, with_budget
 from sentencekv.fused import FusedLayers
 from sentencekv.graph import Stepper
-from sentencekv.policies import load
 from sentencekv.session import Session
 from sentencekv.store import HostMemory, available_host_bytes
 
@@ -46,6 +44,7 @@ class Settings:
     """What is run and timed at each context."""
 
     policies: Sequence[str]
+    """As `workload.config_of` takes them."""
     budgets: Sequence[int]
     hit_rates: Sequence[HitRate]
     batches: Sequence[int]
@@ -181,7 +180,7 @@ class Rows:
     def _selecting(self, profile: bool) -> None:
         """All policies, over one filling of host memory."""
         settings, context = self._settings, self.context
-        first = Config(policy=settings.policies[0], budget_tokens=settings.budgets[0])
+        first = config_of(settings.policies[0], settings.budgets[0])
         # Codes and their boxes are 12% of the KV; half as much again while a layer is summarised.
         device_bytes = int(0.125 * len(settings.policies) * context.kv_bytes) + self._chunk_bytes()
         device_bytes += 2 * context.kv_bytes // context.num_layers
@@ -191,9 +190,9 @@ class Rows:
             report.say(f"filling {context.num_tokens} tokens, {context.kv_bytes / 2**30:.1f} GiB of host memory")
             try:
                 started_at = time.perf_counter()
-                sessions[first.policy] = context.session(first, self._machine.memory)
+                filled = sessions[settings.policies[0]] = context.session(first, self._machine.memory)
                 for name in settings.policies[1:]:
-                    sessions[name] = twin(sessions[first.policy], load(name))
+                    sessions[name] = twin(filled, load_policy(name))
                 report.synchronize(self._machine.device)
                 report.say(f"  took {time.perf_counter() - started_at:.1f} s")
             except (MemoryError, torch.OutOfMemoryError) as error:
@@ -226,7 +225,8 @@ class Rows:
             return
         # Summaries are read from each sequence's own memory, as they would be for different documents.
         sequences = [single] if batch == 1 else [twin(single) for _ in range(batch)]
-        forced = Forced.of(single, settings.seed)
+        schedule = Schedule.of(single, settings.seed)
+        forced = Forced(policy=policy, schedule=schedule)
         steppers: dict[tuple[str, bool], Stepper] = {}
         for hit_rate in settings.hit_rates:
             variants = ["graph, fused"]
@@ -234,7 +234,7 @@ class Rows:
             if shown and batch == 1 and name == settings.policies[0] and budget == settings.budgets[0]:
                 variants = ["eager", "graph, modules as they are", *variants]
             if hit_rate is not None:
-                forced.set_hit_rate(hit_rate)
+                schedule.set_hit_rate(hit_rate)
             used = policy if hit_rate is None else forced
 
             def fork(used: Any = used) -> list[Session]:
@@ -285,7 +285,7 @@ class Rows:
                     and variant != "eager"
                 ):
                     step = make()
-                    profiles.append((row, functools.partial(self._profile, step, running, forced, hit_rate)))
+                    profiles.append((row, functools.partial(self._profile, step, running, schedule, hit_rate)))
         report.free(self._machine.device)
 
     def _typical_hit_rate(self) -> HitRate:
@@ -305,9 +305,11 @@ class Rows:
 
         return step
 
-    def _profile(self, step: Step, sessions: Sequence[Session], forced: Forced, hit_rate: HitRate) -> dict[str, Any]:
+    def _profile(
+        self, step: Step, sessions: Sequence[Session], schedule: Schedule, hit_rate: HitRate
+    ) -> dict[str, Any]:
         """Of a step after which no sentence closes: right after one has."""
-        forced.set_hit_rate(hit_rate or 0.0)
+        schedule.set_hit_rate(hit_rate or 0.0)
         tokens = self._tokens(len(sessions))
         for _ in range(sessions[0].config.max_sentence_tokens):
             before = [session.num_sentences for session in sessions]

@@ -229,6 +229,27 @@ class Context:
         return cache
 
 
+def config_of(policy: str, budget_tokens: int) -> Config:
+    """The configuration of a policy written as `name` or `name:option=number:option=number`.
+
+    Raises ValueError, with what is known, on an unknown policy or option, or a budget that is too small.
+    """
+    name, *options = policy.split(":")
+    pairs = [option.partition("=") for option in options]
+    bad = [option for option, (_, _, number) in zip(options, pairs, strict=True) if not number.isdecimal()]
+    if bad:
+        raise ValueError(f"options of a policy are written option=number, got {bad[0]!r} in {policy!r}")
+    return Config(
+        policy=name, policy_options={key: int(number) for key, _, number in pairs}, budget_tokens=budget_tokens
+    )
+
+
+def load_policy(policy: str) -> Policy:
+    """A policy written as `config_of` takes it."""
+    config = config_of(policy, Config().budget_tokens)
+    return load(config.policy, config.policy_options)
+
+
 def with_budget(session: Session, budget_tokens: int) -> Session:
     """A fork that reads under another budget."""
     made = session.fork()

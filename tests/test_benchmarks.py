@@ -10,14 +10,13 @@ import torch
 import typer
 
 from benchmarks import decode, ops, plot, retrieval_ops, rows, workload
-from benchmarks.forced import Forced, force_ref, force_triton
+from benchmarks.forced import Forced, Schedule, force_ref, force_triton
 from sentencekv.attention import forward
 from sentencekv.batch import LaneBatch
 from sentencekv.config import Config
 from sentencekv.policies import load
 from sentencekv.session import Session
 from sentencekv.store import HostMemory
-from triton_ops import Scores
 
 CPU = torch.device("cpu")
 
@@ -49,7 +48,12 @@ def tiny() -> Any:
 
 
 def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    changes = {"contexts": "600,900", "policies": "moments,codes", "hit_rates": "0,0.85,natural", "batches": "1,3"}
+    changes = {
+        "contexts": "600,900",
+        "policies": "moments,codes:shortlist=4",
+        "hit_rates": "0,0.85,natural",
+        "batches": "1,3",
+    }
     decode.main(**{**SMALL, **changes, "before_after": 900, "profile": True, "save": tmp_path / "made" / "all"})
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
@@ -59,7 +63,7 @@ def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[s
     assert result["versions"]["torch"]
     assert result["hardware"]["device"] == "cpu"
     assert result["copy_bandwidth_bytes_per_second"] > 0
-    assert [done["policy"] for done in result["checks"]] == ["moments", "codes"]
+    assert [done["policy"] for done in result["checks"]] == ["moments", "codes:shortlist=4"]
     for done in result["checks"]:
         assert done["passed"]
         assert done["relative_error"] < 1e-5 < done["control_relative_error"]
@@ -146,7 +150,9 @@ def test_what_does_not_fit_is_skipped(capsys: pytest.CaptureFixture[str], monkey
     ("changes", "message"),
     [
         ({"shape": "llama-9b"}, "unknown shape"),
-        ({"policies": "moments,best"}, "one that selects.*got 'best'"),
+        ({"policies": "moments,best"}, "unknown policy 'best'"),
+        ({"policies": "codes:shorts=4"}, "unknown option 'shorts'"),
+        ({"policies": "codes:shortlist=many"}, "option=number.*shortlist=many"),
         ({"policies": "full"}, "one that selects.*got 'full'"),
         ({"budgets": "64"}, "must exceed"),
         ({"budgets": "many"}, "whole numbers"),
@@ -189,9 +195,9 @@ def decoded(tiny: Any, context_tokens: int, budget: int, hit_rate: float) -> Ses
     """After 48 tokens at a forced hit rate, counted from the ninth on; some sentences close on the way."""
     context = workload.Context(tiny, context_tokens, 60, 0)
     session = context.session(Config(policy="moments", budget_tokens=budget), HostMemory(None, pinned=False))
-    forced = Forced.of(session)
-    forced.set_hit_rate(hit_rate)
-    session.policy = forced
+    schedule = Schedule.of(session)
+    schedule.set_hit_rate(hit_rate)
+    session.policy = Forced(policy=session.policy, schedule=schedule)
     num_sentences = session.num_sentences
     for i, token in enumerate(context.token_ids()[:56]):
         if i == 8:
@@ -220,27 +226,27 @@ def test_forced_order_wraps_round_where_the_hot_set_is_large(tiny: Any) -> None:
 def test_forcing_kernel_equals_its_reference(tiny: Any) -> None:
     context = workload.Context(tiny, 700, 60, 0)
     session = context.session(Config(policy="moments", budget_tokens=256), HostMemory(None, pinned=False))
-    forced = Forced.of(session)
-    forced.set_hit_rate(0.5)
-    sessions = [session.fork(), workload.twin(session)]
+    schedule = Schedule.of(session)
+    schedule.set_hit_rate(0.5)
+    sessions = [session.fork(), workload.twin(session), session.fork()]
     for step, token in enumerate(context.token_ids()[:30]):
-        running = sessions[: 1 + step % 2]
+        running = sessions[: 1 + step % 3]
         forward(tiny, [[token]] * len(running), running, exact=False)
     batch = LaneBatch(session.policy)
-    batch.seat(sessions)
+    batch.seat(sessions, 4)
     lanes = batch._lanes
     assert lanes is not None
-    assert lanes.lanes[0].num_sentences > forced.start_S.numel()
-    made = []
-    for force in (force_ref, force_triton):
-        scores = Scores(torch.full((2, 2, 2, lanes.capacity), -torch.inf), torch.full((2, 2, 2, 3, 2), 7.0))
-        force(scores, lanes, forced.start_S, forced.moved, forced.num_tokens, 0.1)
-        made.append(scores)
-    for b, lane in enumerate(lanes.lanes):
-        logits = [scores.logit_BNGS[b, :, :, : lane.num_sentences] for scores in made]
-        torch.testing.assert_close(*logits)
-        assert logits[0][0, 0].unique().numel() >= forced.start_S.numel()
-    assert torch.equal(made[0].extent_BNGX2, made[1].extent_BNGX2)
+    assert lanes.lanes[0].num_sentences > schedule.window_SW.shape[0]
+    made = [torch.full((4, 2, lanes.most_selected), 7, dtype=torch.int32) for _ in range(2)]
+    force_ref(made[0], lanes, schedule)
+    force_triton(made[1], lanes, schedule)
+    assert torch.equal(made[0][:3], made[1][:3])
+    assert (made[1][3] == -1).all()
+    length_S = torch.tensor([stop - start for start, stop in session.sentence_spans()])
+    for chosen in made[0][:3, 0]:
+        ids = chosen[chosen >= 0].long()
+        assert (ids.diff() > 0).all()
+        assert session.config.room_tokens - 32 < length_S[ids].sum() <= session.config.room_tokens
 
 
 SMALL_OPS: dict[str, Any] = {
