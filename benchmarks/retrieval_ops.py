@@ -204,7 +204,7 @@ class RetrievalOps:
         resolved: list[Resolved] = []
         for layer, selected in enumerate(selections[0]):
             resolved.append(resolve_hot_set(selected, lanes, layer))
-            gather_kv(selected, resolved[-1].slot_BNK, torch.ones_like(resolved[-1].miss_BNK), lanes, layer)
+            gather_kv(selected, resolved[-1].slot_BNK, (selected >= 0).to(torch.int8), lanes, layer)
 
         def attend(op: Callable[..., Tensor], layer: int) -> Tensor:
             q, k, v = self._q[layer], self._k[layer], self._v[layer]

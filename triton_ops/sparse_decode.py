@@ -19,10 +19,9 @@ from triton_ops.lanes import (
 )
 from triton_ops.resolve_hot_set import Resolved
 
-_SLOTS = 4
-"""Slots that one program reads at a time."""
 _ROWS = 128
-"""Resident tokens that one program reads at a time."""
+"""Tokens that one program reads at a time, in slots or resident, and no more than so many bytes:"""
+_MOST_BYTES = 128 << 10
 _PROGRAMS = 528
 """Programs to aim at: a step's latency is what counts, so few of them should have more than one block to read."""
 _MERGED_NUMBERS = 4096
@@ -319,11 +318,12 @@ def sparse_decode_triton(
     most_rows = max(kv.shape[1] for kv in resident)
     most_selected = 0 if resolved is None else resolved.slot_BNK.shape[2]
     slot_block = triton.next_power_of_2(lanes.slot_tokens)
-    slots = max(_SLOTS, 16 // slot_block)
     head_block = max(16, triton.next_power_of_2(head_dim))
+    rows = min(_ROWS, max(16, _MOST_BYTES // (2 * head_block * dtype.itemsize)))
+    slots = max(1, rows // slot_block)
     programs = max(1, _PROGRAMS // (num_kv_heads * batch))
     slot_splits = _even_splits(triton.cdiv(most_selected, slots), programs)
-    splits = slot_splits + _even_splits(triton.cdiv(most_rows, _ROWS), programs)
+    splits = slot_splits + _even_splits(triton.cdiv(most_rows, rows), programs)
     merged_group = triton.next_power_of_2(group)
     columns = triton.next_power_of_2(group * head_dim)
     most_merged = max(1, _MERGED_NUMBERS // columns)
@@ -372,7 +372,7 @@ def sparse_decode_triton(
         SLOT_TOKENS=lanes.slot_tokens,
         SLOT_BLOCK=slot_block,
         SLOTS=slots,
-        ROWS=_ROWS,
+        ROWS=rows,
         SLOT_SPLITS=slot_splits,
         SPLITS=splits,
         SPLIT_BLOCK=triton.next_power_of_2(splits),
