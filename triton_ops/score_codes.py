@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
-from triton_ops.lanes import NUM_SENTENCES, PARTS, PLACE, PLACE_FIRST, PLACE_LENGTH, Lanes, element_type
+from triton_ops.lanes import NUM_PARTS, PARTS, PLACE, PLACE_FIRST, PLACE_LENGTH, Lanes, element_type
 from triton_ops.score_sentences import Scores, scores_of, store_extents
 
 _PROGRAMS = 4224
@@ -147,41 +147,40 @@ def _score_codes_kernel(
     x2 = _query_run(q_ptr, q_stride_a, 2, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
     x3 = _query_run(q_ptr, q_stride_a, 3, scale, GROUP, GROUP_BLOCK, HEAD_DIM, WIDTH, WIDTH_BLOCK)
     sentence_ptr += (b * NUM_KV_HEADS + n).to(tl.int64) * capacity
-    num_columns = tl.load(count_ptr + NUM_SENTENCES)
-    if SOME:
-        num_columns = tl.where(num_columns > 0, capacity, 0)
-    first = tl.zeros((), tl.int64)
-    stop = tl.zeros((), tl.int64)
-    box_ptr = tl.load(address_ptr + PARTS + 2).to(tl.pointer_type(DTYPE))
-    code_ptr = tl.load(address_ptr + PARTS + 3).to(tl.pointer_type(tl.uint8))
-    part = tl.zeros((), tl.int32) - 1
-    for column in range(pid, num_columns, tl.num_programs(0)):
-        sentence = tl.zeros((), tl.int64) + column
+    num_parts = tl.load(count_ptr + NUM_PARTS)
+    for part in range(num_parts):
+        first = tl.load(address_ptr + PARTS + 4 * part)
+        count = tl.load(address_ptr + PARTS + 4 * part + 1)
+        box_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 2).to(tl.pointer_type(DTYPE)), 16)
+        code_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 3).to(tl.pointer_type(tl.uint8)), 16)
+        num_columns = count
         if SOME:
-            sentence = tl.load(sentence_ptr + column).to(tl.int64)
-        if sentence >= 0:
-            # Sentences rise, so parts are gone through once.
-            while sentence >= stop:
-                part += 1
-                first = tl.load(address_ptr + PARTS + 4 * part)
-                stop = first + tl.load(address_ptr + PARTS + 4 * part + 1)
-                box_ptr = tl.load(address_ptr + PARTS + 4 * part + 2).to(tl.pointer_type(DTYPE))
-                code_ptr = tl.load(address_ptr + PARTS + 4 * part + 3).to(tl.pointer_type(tl.uint8))
-            here_ptr = place_ptr + sentence * 4
-            length = tl.load(here_ptr + PLACE_LENGTH)
-            row = tl.load(here_ptr + PLACE_FIRST).to(tl.int64) + token
+            num_columns = count * 0 + capacity
+        for c in range(pid.to(tl.int64), num_columns, tl.num_programs(0)):
+            if SOME:
+                # Sentences of other parts have their turn with those.
+                column = c
+                s = tl.load(sentence_ptr + c).to(tl.int64) - first
+                here = (s >= 0) & (s < count)
+            else:
+                column = first + c
+                s = c
+                here = s < count
+            here_ptr = place_ptr + (first + s) * 4
+            length = tl.load(here_ptr + PLACE_LENGTH, mask=here, other=0)
+            row = tl.load(here_ptr + PLACE_FIRST, mask=here, other=0).to(tl.int64) + token
             valid = token < length
             code = tl.load(
-                tl.multiple_of(code_ptr, 16) + ((row * NUM_KV_HEADS + n) * WIDTH)[:, None] + w[None, :],
+                code_ptr + ((row * NUM_KV_HEADS + n) * WIDTH)[:, None] + w[None, :],
                 mask=valid[:, None] & (w < WIDTH)[None, :],
                 other=0,
             ).to(tl.int16)
-            low_ptr = tl.multiple_of(box_ptr, 16) + ((sentence - first) * NUM_KV_HEADS + n) * (2 * HEAD_DIM)
+            low_ptr = box_ptr + (s * NUM_KV_HEADS + n) * (2 * HEAD_DIM)
             base = tl.zeros((GROUP_BLOCK, WIDTH_BLOCK), tl.float32)
             logit = tl.zeros((LONGEST, GROUP_BLOCK), tl.float32)
             for i in tl.static_range(FIELDS):
                 h = i * WIDTH + w
-                in_head = (w < WIDTH) & (h < HEAD_DIM)
+                in_head = (w < WIDTH) & (h < HEAD_DIM) & here
                 low = tl.load(low_ptr + h, mask=in_head, other=0.0).to(tl.float32)
                 high = tl.load(low_ptr + HEAD_DIM + h, mask=in_head, other=0.0).to(tl.float32)
                 step = (high - low) * (1.0 / (1 << BITS))
@@ -201,11 +200,13 @@ def _score_codes_kernel(
                 level = ((code >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float16, bitcast=True)
                 logit = tl.dot(level, tl.trans(weight), logit)
             logit = tl.where(valid[:, None], logit * 16777216.0, float("-inf"))
-            highest = tl.max(logit, axis=0)
+            highest = tl.where(here, tl.max(logit, axis=0), 0.0)
             mass = tl.log(tl.sum(tl.exp(logit - highest[None, :]), axis=0)) + highest + tl.sum(base, axis=1)
-            tl.store(logit_ptr + g * capacity + column, mass, mask=g < GROUP)
+            tl.store(logit_ptr + g * capacity + column, mass, mask=(g < GROUP) & here)
+            mass = tl.where(here, mass, float("-inf"))
             now = tl.maximum(top, mass)
-            total = total * tl.exp(top - now) + tl.exp(mass - now)
+            safe = tl.where(now == float("-inf"), 0.0, now)
+            total = total * tl.exp(top - safe) + tl.exp(mass - safe)
             top = now
     store_extents(extent_ptr, top, total, (b * NUM_KV_HEADS + n).to(tl.int64), GROUP, GROUP_BLOCK)
 
@@ -250,6 +251,8 @@ def score_codes_triton(
         DTYPE=element_type(q_BAH.dtype),
         EARLY=early,
         num_warps=1,
+        # 18 programs instead of 12 on a multiprocessor at a time: they spend their time waiting for loads.
+        maxnreg=112 if width <= 32 else None,
         **launch_options(early),
     )
     return Scores(logit, extent, sentence_BNS)
