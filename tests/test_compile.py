@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MOST_SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one program may take on an A100 and on an H100."""
-MOST_SPILLED = {"wide-heads": 2048}
-"""Bytes of registers that a thread stores and loads again: a few outside the inner loop, more where few models go."""
+MOST_SPILLED = {"select_sentences": 400, "score_codes": 128}
+"""Bytes of registers that a thread stores and loads again, more than 64: `select_sentences` keeps a ranking in registers,
+`score_codes` gives some up so that more programs are resident."""
 KERNELS = sorted(p.stem for p in (ROOT / "triton_ops").glob("*.py") if f"def {p.stem}_triton(" in p.read_text("utf-8"))
 
 
@@ -27,4 +28,4 @@ def test_kernels_compile(op: str, tmp_path: Path) -> None:
     assert {kernel["capability"] for kernel in kernels} == set(MOST_SHARED)
     for kernel in kernels:
         assert kernel["shared"] <= MOST_SHARED[kernel["capability"]], kernel
-        assert kernel["spilled"] <= MOST_SPILLED.get(kernel["model"], 400 if op == "select_sentences" else 64), kernel
+        assert kernel["spilled"] <= MOST_SPILLED.get(op, 64), kernel
