@@ -357,6 +357,8 @@ def test_interrupt_while_reading(tmp_path: Path, tokenizer: PreTrainedTokenizerF
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        # Whoever runs the tests may ignore interrupts, as shells do for what they run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

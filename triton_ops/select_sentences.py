@@ -83,8 +83,8 @@ def select_sentences_ref(scores: Scores, lanes: Lanes, *, group: Group, room_tok
 
 
 @triton.jit
-def _sum_pairs(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
+def _sum_threes(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
 
 
 @triton.jit
@@ -259,15 +259,22 @@ def _select_sentences_kernel(
     tl.store(histogram_ptr + bin, tl.zeros((BINS,), tl.int64))
     up_to = tl.cumsum(in_bin, axis=0)
     bin_fits = ((up_to >> 32) <= room_tokens) & ((up_to & 0xFFFFFFFF) <= max_selected)
-    last, above = tl.reduce((bin_fits.to(tl.int32), tl.where(bin_fits, in_bin, 0)), 0, _sum_pairs)
+    before = up_to - in_bin
+    is_last = (bin_fits == 0) & ((before >> 32) <= room_tokens) & ((before & 0xFFFFFFFF) <= max_selected)
+    # The bin in which the budget ends, what lies above it, and what lies in it.
+    last, above, in_last = tl.reduce(
+        (bin_fits.to(tl.int32), tl.where(bin_fits, in_bin, 0), tl.where(is_last, in_bin, 0)), 0, _sum_threes
+    )
     # Keys from `high` on fit; those from `low` on do not, unless all do. In between, nothing is known yet.
     above_tokens = (above >> 32).to(tl.int32)
     above_count = (above & 0xFFFFFFFF).to(tl.int32)
     high_tokens, high_count = above_tokens, above_count
     low = tl.full((), -0x7FFFFFFF, tl.int32)
     high = low
-    listed = tl.zeros((), tl.int32)
+    number = tl.zeros((), tl.int32)
     if last < BINS:
+        number = (in_last & 0xFFFFFFFF).to(tl.int32)
+        listed = tl.zeros((), tl.int32)
         edge = last.to(tl.float32) / -BINS_PER_NAT
         high = tl.where(last == 0, 0x7FFFFFFF, _ordered(edge) + 1)
         if last < BINS - 1:
@@ -278,27 +285,26 @@ def _select_sentences_kernel(
             if not ONE_BLOCK:
                 key = tl.load(key_ptr + s, mask=s < num_columns, other=-0x80000000)
             between = (key >= low) & (key < high)
-            number = tl.sum(between.to(tl.int32), axis=0)
-            if number > 0:
-                place = listed + tl.cumsum(between.to(tl.int32), axis=0) - 1
-                sentence = s
-                if SOME:
-                    sentence = tl.load(sentence_ptr + s, mask=between, other=0)
-                length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=between, other=0)
-                tl.store(listed_key_ptr + place, key, mask=between)
-                tl.store(listed_length_ptr + place, length, mask=between)
-                listed += number
+            place = listed + tl.cumsum(between.to(tl.int32), axis=0) - 1
+            sentence = s
+            if SOME:
+                sentence = tl.load(sentence_ptr + s, mask=between, other=0)
+            length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=between, other=0)
+            tl.store(listed_key_ptr + place, key, mask=between)
+            tl.store(listed_length_ptr + place, length, mask=between)
+            if not ONE_BLOCK:
+                listed += tl.sum(between.to(tl.int32), axis=0)
         tl.debug_barrier()
 
     i = tl.arange(0, LISTED_BLOCK)
-    listed_key = tl.load(listed_key_ptr + i, mask=i < listed, other=-0x80000000)
-    listed_length = tl.load(listed_length_ptr + i, mask=i < listed, other=0)
-    low_count = high_count + listed
+    listed_key = tl.load(listed_key_ptr + i, mask=i < number, other=-0x80000000)
+    listed_length = tl.load(listed_length_ptr + i, mask=i < number, other=0)
+    low_count = high_count + number
     t2 = _middle(low, high)
     while (t2 != low) & (low_count - high_count > 1):
         t1, t3 = _middle(low, t2), _middle(t2, high)
         tokens1, count1, tokens2, count2, tokens3, count3 = _measure_three(
-            listed_key_ptr, listed_length_ptr, listed, t1, t2, t3, listed_key, listed_length, LISTED_BLOCK
+            listed_key_ptr, listed_length_ptr, number, t1, t2, t3, listed_key, listed_length, LISTED_BLOCK
         )
         # What was measured is the bin's; to it comes what lies above the bin.
         tokens1, tokens2, tokens3 = tokens1 + above_tokens, tokens2 + above_tokens, tokens3 + above_tokens
@@ -331,20 +337,23 @@ def _select_sentences_kernel(
             if SOME:
                 sentence = tl.load(sentence_ptr + s, mask=tied, other=0)
             length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=tied, other=0)
-            before = tied_tokens + tl.cumsum(length, axis=0)
+            tokens = tied_tokens + tl.cumsum(length, axis=0)
             rank = tied_count + tl.cumsum(tied.to(tl.int32), axis=0)
-            fits = (high_tokens + before <= room_tokens) & (high_count + rank <= max_selected)
+            fits = (high_tokens + tokens <= room_tokens) & (high_count + rank <= max_selected)
             taken = taken | (tied & fits)
             tied_tokens += tl.sum(length, axis=0)
             tied_count += tl.sum(tied.to(tl.int32), axis=0)
-        number = tl.sum(taken.to(tl.int32), axis=0)
-        if number > 0:
-            place = num_taken + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-            chosen = s
-            if SOME:
-                chosen = tl.load(sentence_ptr + s, mask=taken, other=-1)
-            tl.store(selected_ptr + place, chosen, mask=taken)
-            num_taken += number
+        place = num_taken + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        chosen = s
+        if SOME:
+            chosen = tl.load(sentence_ptr + s, mask=taken, other=-1)
+        tl.store(selected_ptr + place, chosen, mask=taken)
+        if ONE_BLOCK:
+            num_taken = high_count
+            if low_count - high_count > 1:
+                num_taken = tl.sum(taken.to(tl.int32), axis=0)
+        else:
+            num_taken += tl.sum(taken.to(tl.int32), axis=0)
     k = tl.arange(0, SELECTED_BLOCK)
     tl.store(selected_ptr + k, -1, mask=(k >= num_taken) & (k < most_selected))
 
