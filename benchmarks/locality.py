@@ -10,7 +10,6 @@ engine); the engine's own hit rate is printed beside the simulation of its own s
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
 
@@ -19,7 +18,9 @@ import typer
 from torch import Tensor
 
 from benchmarks import report
+from benchmarks.decode import numbers
 from sentencekv import LongContextLM, pocket
+from sentencekv.files import TextError, load_text
 from sentencekv.policies import Policy, available, load
 from sentencekv.prompts import encode, section
 from triton_ops import Lanes
@@ -87,7 +88,7 @@ def record(lm: LongContextLM, text: str, context_tokens: int, num_steps: int) ->
 
 
 def main(
-    text: Annotated[Path, typer.Option(help="A text file, long enough for context and steps.")],
+    text: Annotated[str, typer.Option(help="A text file or folder, long enough for context and steps.")],
     model: Annotated[str | None, typer.Option(help="Model folder; left out: the embedded model.")] = None,
     context: Annotated[int, typer.Option(min=256, help="Tokens that are read.")] = 32768,
     steps: Annotated[int, typer.Option(min=2, help="Tokens fed one by one after them.")] = 96,
@@ -100,12 +101,19 @@ def main(
     selecting = [name for name in available() if load(name).reads == "selected"]
     if not set(names) <= set(selecting):
         raise typer.BadParameter(f"policies must be among {', '.join(selecting)}; got {policies!r}")
-    multiples = [float(size) for size in sizes.split(",")]
-    content = text.read_text(encoding="utf-8")
+    budget_list = numbers(budgets, "budgets", least=1)
+    try:
+        multiples = [float(size) for size in sizes.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"sizes are numbers separated by commas, got {sizes!r}") from error
+    try:
+        content = load_text(text).text
+    except (TextError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
     base = LongContextLM.from_pretrained(model or str(pocket.path()))
     rows: list[dict[str, Any]] = []
     for name in names:
-        for budget in map(int, budgets.split(",")):
+        for budget in budget_list:
             lm = base.with_config(policy=name, budget_tokens=budget)
             with torch.inference_mode():
                 selections, counted = record(lm, content, context, steps)
@@ -128,7 +136,7 @@ def main(
         ]
         for row in rows
     ]
-    print(f"{context} tokens of {text.name}, {steps} steps; slots of {base.config.max_sentence_tokens} tokens")
+    print(f"{context} tokens of {text}, {steps} steps; slots of {base.config.max_sentence_tokens} tokens")
     print(report.markdown_table(header, cells))
     print(json.dumps({"benchmark": "locality", "context_tokens": context, "steps": steps, "rows": rows}))
 

@@ -184,7 +184,7 @@ def save(results: Sequence[dict[str, Any]], path: Path) -> list[Path]:
 
 
 def main(
-    files: Annotated[list[Path], typer.Argument(help="JSON files that benchmarks.decode saved.")],
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSON files of benchmarks.decode.")],
     out: Annotated[
         Path | None, typer.Option(help="Write OUT.png and OUT.svg; else tpot beside the first file.")
     ] = None,

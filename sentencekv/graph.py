@@ -83,20 +83,23 @@ class Stepper:
             self._recording_of[num_lanes] = recording
         for session in sessions:
             session.begin(1, exact=False)
-        if recording.batch.seat(sessions, num_lanes) or recording.graph is None:
-            recording.batch.vacate()
-            self._record(recording)
-            recording.batch.seat(sessions, num_lanes)
-        with recording.inputs.writing() as inputs:
-            row = [list(token_ids), [session.num_tokens for session in sessions]]
-            inputs[:, : len(sessions)] = torch.tensor(row)
-        if recording.graph is None:
-            logits_BV = self._run(recording)
-        else:
-            recording.graph.replay()
-            assert recording.logits_BV is not None
-            logits_BV = recording.logits_BV
-        recording.batch.forget()
+        try:
+            if recording.batch.seat(sessions, num_lanes) or recording.graph is None:
+                recording.batch.vacate()
+                self._record(recording)
+                recording.batch.seat(sessions, num_lanes)
+            with recording.inputs.writing() as inputs:
+                row = [list(token_ids), [session.num_tokens for session in sessions]]
+                inputs[:, : len(sessions)] = torch.tensor(row)
+            if recording.graph is None:
+                logits_BV = self._run(recording)
+            else:
+                recording.graph.replay()
+                assert recording.logits_BV is not None
+                logits_BV = recording.logits_BV
+        finally:
+            # Also after an interrupt: a session that nobody continues gives its memory back.
+            recording.batch.forget()
         for session in sessions:
             session.end()
         return logits_BV[: len(sessions)]

@@ -251,8 +251,6 @@ def score_codes_triton(
         DTYPE=element_type(q_BAH.dtype),
         EARLY=early,
         num_warps=1,
-        # 18 programs instead of 12 on a multiprocessor at a time: they spend their time waiting for loads.
-        maxnreg=112 if width <= 32 else None,
         **launch_options(early),
     )
     return Scores(logit, extent, sentence_BNS)

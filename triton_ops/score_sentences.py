@@ -131,7 +131,7 @@ def _score_sentences_kernel(
     EARLY: tl.constexpr,
 ):
     """Products of tables and queries are exact: both are as they came. The square of a scaled query is no number of the
-    tables' precision; it goes in two parts, its rounding and the rest."""
+    tables' precision; it goes in two parts, its rounding and the rest. So does the variance that is made of a range."""
     pid, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     address_ptr += b * num_address
     count_ptr += b * num_count
@@ -170,11 +170,15 @@ def _score_sentences_kernel(
             if RANGE:
                 logit = tl.dot(plane1, q, logit, input_precision=PRECISION) * 0.5
                 width = plane1.to(tl.float32) - plane0.to(tl.float32)
-                plane1 = tl.minimum(width * width * HALF_VARIANCE_OF_RANGE, 65504.0).to(DTYPE)
+                variance = tl.minimum(width * width * HALF_VARIANCE_OF_RANGE, 65504.0)
+                plane1 = variance.to(DTYPE)
+                plane1_rest = (variance - plane1.to(tl.float32)).to(DTYPE)
             logit = logit * scale
             if NUM_PLANES == 2:
                 if SQUARE:
                     second = tl.dot(plane1, rest, input_precision=PRECISION)
+                    if RANGE:
+                        second = tl.dot(plane1_rest, spread, second, input_precision=PRECISION)
                     logit += tl.dot(plane1, spread, second, input_precision=PRECISION)
                 else:
                     logit += tl.dot(plane1, spread, input_precision=PRECISION) * scale
@@ -198,11 +202,13 @@ def score_sentences_triton(
     num_kv_heads = lanes.num_kv_heads
     batch, num_heads, head_dim = q_BAH.shape
     assert q_BAH.stride(2) == 1
+    # A range takes registers for what is made of it.
+    block = max(16, _BLOCK * 64 // max(head_dim, 64)) if spread == "range" else _BLOCK
     logit = torch.empty(
         (batch, num_kv_heads, num_heads // num_kv_heads, lanes.capacity), dtype=torch.float32, device=q_BAH.device
     )
     address_rows = lanes.address_rows(layer)
-    programs = min(triton.cdiv(lanes.capacity, _BLOCK), max(1, _PROGRAMS // (num_kv_heads * batch)))
+    programs = min(triton.cdiv(lanes.capacity, block), max(1, _PROGRAMS // (num_kv_heads * batch)))
     extent = torch.empty((*logit.shape[:3], programs, 2), dtype=torch.float32, device=q_BAH.device)
     early = starts_early(q_BAH)
     _score_sentences_kernel[(programs, num_kv_heads, batch)](
@@ -226,7 +232,7 @@ def score_sentences_triton(
         SQUARE=spread in ("square", "range"),
         RANGE=spread == "range",
         LOG_LENGTH=log_length,
-        BLOCK=_BLOCK,
+        BLOCK=block,
         PRECISION="ieee" if q_BAH.dtype == torch.float32 else "tf32",
         DTYPE=element_type(q_BAH.dtype),
         EARLY=early,
