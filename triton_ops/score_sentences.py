@@ -202,13 +202,11 @@ def score_sentences_triton(
     num_kv_heads = lanes.num_kv_heads
     batch, num_heads, head_dim = q_BAH.shape
     assert q_BAH.stride(2) == 1
-    # A range takes registers for what is made of it.
-    block = max(16, _BLOCK * 64 // max(head_dim, 64)) if spread == "range" else _BLOCK
     logit = torch.empty(
         (batch, num_kv_heads, num_heads // num_kv_heads, lanes.capacity), dtype=torch.float32, device=q_BAH.device
     )
     address_rows = lanes.address_rows(layer)
-    programs = min(triton.cdiv(lanes.capacity, block), max(1, _PROGRAMS // (num_kv_heads * batch)))
+    programs = min(triton.cdiv(lanes.capacity, _BLOCK), max(1, _PROGRAMS // (num_kv_heads * batch)))
     extent = torch.empty((*logit.shape[:3], programs, 2), dtype=torch.float32, device=q_BAH.device)
     early = starts_early(q_BAH)
     _score_sentences_kernel[(programs, num_kv_heads, batch)](
@@ -232,7 +230,7 @@ def score_sentences_triton(
         SQUARE=spread in ("square", "range"),
         RANGE=spread == "range",
         LOG_LENGTH=log_length,
-        BLOCK=block,
+        BLOCK=_BLOCK,
         PRECISION="ieee" if q_BAH.dtype == torch.float32 else "tf32",
         DTYPE=element_type(q_BAH.dtype),
         EARLY=early,
