@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sentencekv.lane import most_selected
 from sentencekv.policies import Policy, Tables
 from sentencekv.session import Session
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
@@ -53,7 +54,7 @@ class Schedule:
         stop_2S = torch.cat([stop_S, stop_S + num_tokens])
         room = min(room_tokens, num_tokens)
         count_S = torch.searchsorted(stop_2S, start_S + room, right=True) - torch.arange(num_sentences)
-        assert count_S.max() <= max(session.config.max_selected, 1)
+        count_S = count_S.clamp(max=most_selected(session.config, num_sentences, num_tokens))
         step = torch.arange(int(count_S.max()))
         window_SW = order[(torch.arange(num_sentences)[:, None] + step) % num_sentences]
         window_SW = window_SW.masked_fill(step >= count_S[:, None], num_sentences).sort(dim=1).values

@@ -45,8 +45,8 @@ class Config:
 
     hot_tokens: int | None = None
     """GPU tokens per layer and KV head for sentences fetched earlier, in slots of `max_sentence_tokens`, however short
-    the sentence in it; None: two budgets. Never more slots than the context has sentences, never fewer than one step
-    selects."""
+    the sentence in it; None: twice what selection fills of the budget. Never more slots than the context has sentences,
+    never fewer than one step selects."""
 
     prefill_chunk_tokens: int | None = None
     """Tokens per forward pass while reading; bounds the activations, never changes the result. None: 8192 on a GPU,
@@ -113,7 +113,7 @@ class Config:
     @property
     def num_slots(self) -> int:
         """Hot-set slots per layer and KV head."""
-        wanted = self.hot_tokens if self.hot_tokens is not None else 2 * self.budget_tokens
+        wanted = self.hot_tokens if self.hot_tokens is not None else 2 * self.room_tokens
         return -(-wanted // self.max_sentence_tokens)
 
 

@@ -151,21 +151,8 @@ class SessionLane(Lane):
         slab_of = places.slab_addresses(self.layers)
         self.slabs = {layer: [slab.kv_of_layer[layer] for slab in places.slabs] for layer in self.layers}
         self.slab_of = dict(zip(self.layers, slab_of.unbind(0), strict=True))
-        self.max_selected = self._max_selected(places)
+        self.max_selected = most_selected(self._config, places.num_sentences, places.num_tokens)
         self._make_hot_set(places.num_sentences)
-
-    def _max_selected(self, places: Places) -> int:
-        """Sentences that one step may select: half as many again as the budget holds of average ones, but not more than
-        the hot set is meant to hold.
-
-        Between that and the shortest possible ones lies mostly empty space in the slots.
-        """
-        room_tokens = self._config.room_tokens
-        if places.num_tokens <= room_tokens:
-            return max(places.num_sentences, 1)
-        expected = room_tokens * places.num_sentences / places.num_tokens
-        most = max(self._config.num_slots, math.ceil(expected))
-        return min(self._config.max_selected, most, math.ceil(1.5 * expected))
 
     def _make_resident(self, recent: Mapping[int, Tensor], rows: int) -> None:
         """Buffers of so many rows, with `recent` in the first."""
@@ -210,6 +197,19 @@ class SessionLane(Lane):
             table = _extended(table, -(-(num_sentences + _ROOM) // 4) * 4, -1)
             self._stacked["slot_of_sentence"] = table
             self.slot_of_sentence = dict(zip(self.layers, table.unbind(0), strict=True))
+
+
+def most_selected(config: Config, num_sentences: int, num_tokens: int) -> int:
+    """Sentences that one step may select of so many, with so many tokens: half as many again as the budget holds of
+    average ones, but not more than the hot set is meant to hold.
+
+    Between that and the shortest possible ones lies mostly empty space in the slots.
+    """
+    if num_tokens <= config.room_tokens:
+        return max(num_sentences, 1)
+    expected = config.room_tokens * num_sentences / num_tokens
+    most = max(config.num_slots, math.ceil(expected))
+    return min(config.max_selected, most, math.ceil(1.5 * expected))
 
 
 def _extended(table: Tensor, width: int, value: int) -> Tensor:
