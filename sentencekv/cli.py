@@ -32,7 +32,6 @@ from sentencekv.files import STANDARD_INPUT, LoadedText, load_text
 from sentencekv.terminal import (
     ReadingProgress,
     cost_lines,
-    format_bytes,
     format_reach,
     key_values,
     make_console,
@@ -46,6 +45,7 @@ from sentencekv.terminal import (
     write,
     write_answer,
 )
+from sentencekv.units import format_bytes
 
 if TYPE_CHECKING:
     from sentencekv import Document, Generation, LongContextLM

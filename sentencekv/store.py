@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sentencekv.units import format_bytes
+
 _LARGE_SLAB_TOKENS = 4096
 _SMALL_SLAB_TOKENS = 256
 _TABLE_ROOM = 64
@@ -79,11 +81,11 @@ class HostMemory:
         if self.limit_bytes is not None:
             free = min(free, self.limit_bytes - self.in_use_bytes)
         if needed_bytes > free:
-            bound = "" if self.limit_bytes is None else f" (host_memory_bytes is {_size(self.limit_bytes)})"
+            needed, left, held = map(format_bytes, (needed_bytes, max(free, 0), self.in_use_bytes))
+            bound = "" if self.limit_bytes is None else f" (host_memory_bytes is {format_bytes(self.limit_bytes)})"
             raise MemoryError(
-                f"the context needs {_size(needed_bytes)} of host memory and {_size(max(free, 0))} is free{bound}; "
-                f"KV of open documents holds {_size(self.in_use_bytes)}: close documents, raise the bound, or read "
-                "a shorter text"
+                f"the context needs {needed} of host memory and {left} is free{bound}; KV of open documents holds "
+                f"{held}: close documents, raise the bound, or read a shorter text"
             )
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -320,7 +322,3 @@ def _slab_tokens(expected_tokens: int, at_least: int) -> int:
     """A power of two, since pinned allocations are rounded up to one; small for tails, large for documents."""
     wanted = min(max(expected_tokens, at_least, _SMALL_SLAB_TOKENS), max(_LARGE_SLAB_TOKENS, at_least))
     return 1 << (wanted - 1).bit_length()
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"

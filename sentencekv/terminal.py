@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import Self
 
+from sentencekv.units import format_bytes, format_seconds
+
 if TYPE_CHECKING:
     # Only for their types: this module is part of every start of the command line, torch need not be.
     from sentencekv import Config, Generation, GenerationStream, Source, Stats
@@ -51,23 +53,6 @@ def one_line(text: str) -> str:
 
 def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def format_bytes(num_bytes: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.{2 if unit == 'GiB' else 1}f} {unit}"
-    return f"{num_bytes} B"
-
-
-def format_seconds(seconds: float) -> str:
-    if seconds < 0.1:
-        return f"{1000 * seconds:.1f} ms"
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
 def format_pace(seconds_to_first_token: float, seconds_per_token: float | None) -> str:

@@ -95,7 +95,7 @@ def test_memory_is_bounded_and_counted() -> None:
     memory = HostMemory(1000, pinned=False)
     held = memory.allocate((10, 10), torch.float32)
     assert memory.in_use_bytes == held.nbytes == 400
-    with pytest.raises(MemoryError, match=r"needs .* MiB of host memory .*host_memory_bytes .*close documents"):
+    with pytest.raises(MemoryError, match=r"needs 800 B of host memory .*host_memory_bytes .*close documents"):
         memory.allocate((200,), torch.float32)
     del held
     gc.collect()
