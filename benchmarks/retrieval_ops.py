@@ -308,7 +308,7 @@ class RetrievalOps:
             extent.allocate(layer, runs, context.num_kv_heads, context.head_dim, context.model.dtype)
         places = Places([extent], device)
         layers = range(self._depth)
-        slabs_of = [[slab.kv_of_layer[layer] for slab in places.slabs] for layer in layers]
+        slabs_of = [[slab.kv(layer) for slab in places.slabs] for layer in layers]
         slab_of_D = places.slab_addresses(layers)
         shape = (self._depth, context.num_kv_heads, 20 * num_sentences, 2, context.head_dim)
         kv_DNTH = torch.randn(shape, device=device, dtype=context.model.dtype)

@@ -270,15 +270,14 @@ def twin(session: Session, policy: Policy | None = None) -> Session:
     made.policy = policy or session.policy
     made._extents = []
     for extent in session._extents:
-        own = Extent(extent.memory, extent.device)
-        own.slabs, own.num_tokens, own.place_of = extent.slabs, extent.num_tokens, extent.place_of
+        own = Extent(extent.memory, extent.device, extent.slabs, extent.place_of)
         made._extents.append(own)
         places = Places([own], extent.device)
-        for layer in extent.slabs[0].kv_of_layer:
+        for layer in extent.slabs[0].layers:
             if policy is None:
                 tables = extent.summaries(layer)
             else:
-                some = extent.slabs[0].kv_of_layer[layer]
+                some = extent.slabs[0].kv(layer)
                 shape = (some.shape[0], places.num_tokens, *some.shape[2:])
                 kv_NTH = torch.empty(shape, dtype=some.dtype, device=extent.device)
                 places.read(layer, kv_NTH)

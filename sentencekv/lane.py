@@ -128,7 +128,7 @@ class SessionLane(Lane):
         kv_DNTH = self.take_out(sum(lengths))
         for layer in self.layers:
             extent.allocate(layer, runs, kv_DNTH.shape[1], kv_DNTH.shape[4], kv_DNTH.dtype)
-        slabs_of = [[slab.kv_of_layer[layer] for slab in places.slabs] for layer in self.layers]
+        slabs_of = [[slab.kv(layer) for slab in places.slabs] for layer in self.layers]
         place_P4 = places.place_S4[places.num_sentences - len(lengths) :]
         offload_kv(kv_DNTH, slabs_of, places.slab_addresses(self.layers), place_P4, max(lengths))
 
@@ -149,7 +149,7 @@ class SessionLane(Lane):
                 self.parts.append(Part(first, count, {layer: extent.summaries(layer) for layer in self.layers}))
             first += count
         slab_of = places.slab_addresses(self.layers)
-        self.slabs = {layer: [slab.kv_of_layer[layer] for slab in places.slabs] for layer in self.layers}
+        self.slabs = {layer: [slab.kv(layer) for slab in places.slabs] for layer in self.layers}
         self.slab_of = dict(zip(self.layers, slab_of.unbind(0), strict=True))
         self.max_selected = most_selected(self._config, places.num_sentences, places.num_tokens)
         self._make_hot_set(places.num_sentences)

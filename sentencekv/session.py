@@ -62,6 +62,27 @@ class Traffic:
         return None if selected == 0 else 1.0 - missed / selected
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+    """All that a session goes on from, between two passes. Tensors are shared, not copied: nobody writes to them."""
+
+    num_tokens: int
+    closed_end: int
+    """Position after the last closed sentence."""
+    ends: list[int]
+    """Where the sentences end that are known and not closed."""
+    last_expected_end: int
+    sink: dict[int, Tensor]
+    """Per layer that retrieves, `[N, at most sink_tokens, 2, H]`."""
+    recent: dict[int, Tensor]
+    """Likewise, the tokens after the last closed sentence."""
+    local: dict[int, Tensor]
+    """Per sliding-window layer, its last tokens."""
+    window_of: dict[int, int]
+    dense_bytes_per_token: dict[int, int]
+    extents: list[Extent]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pass:
     """The forward pass under way: decided in `begin`, carried out by every layer."""
@@ -211,24 +232,46 @@ class Session:
         self._recent = {layer: kv[:, num_sink:].clone() for layer, kv in recent.items()}
         self._lane = None
 
-    def fork(self) -> Session:
-        """A session that goes on from here by itself; KV and summaries so far are shared, not copied."""
+    def state(self) -> State:
+        """All that another session can go on from, as `from_state` does. This one starts an extent of its own for what
+        it closes from now on."""
         assert self._pass is None
         self._leave_lane()
-        child = Session(self.config, self.policy, self.memory, self.device)
-        child.num_tokens = self.num_tokens
-        child._closed_end = self._closed_end
-        child._ends, child.last_expected_end = list(self._ends), self.last_expected_end
-        child._extents = list(self._extents)
-        child._places = self._places
-        # Tensors of the GPU tier are replaced, never written to: sharing them is safe.
-        child._sink, child._recent, child._local = dict(self._sink), dict(self._recent), dict(self._local)
-        child._window_of = dict(self._window_of)
-        child._dense_bytes_per_token = dict(self._dense_bytes_per_token)
         if self._own is not None:
             self._own.flush()
             self._own = None
-        return child
+        return State(
+            num_tokens=self.num_tokens,
+            closed_end=self._closed_end,
+            ends=list(self._ends),
+            last_expected_end=self.last_expected_end,
+            sink=dict(self._sink),
+            recent=dict(self._recent),
+            local=dict(self._local),
+            window_of=dict(self._window_of),
+            dense_bytes_per_token=dict(self._dense_bytes_per_token),
+            extents=list(self._extents),
+        )
+
+    @classmethod
+    def from_state(
+        cls, config: Config, policy: Policy, memory: HostMemory, device: torch.device, state: State
+    ) -> Session:
+        """A session that goes on from there by itself."""
+        made = cls(config, policy, memory, device)
+        made.num_tokens = state.num_tokens
+        made._closed_end = state.closed_end
+        made._ends, made.last_expected_end = list(state.ends), state.last_expected_end
+        made._sink, made._recent, made._local = dict(state.sink), dict(state.recent), dict(state.local)
+        made._window_of = dict(state.window_of)
+        made._dense_bytes_per_token = dict(state.dense_bytes_per_token)
+        made._extents = list(state.extents)
+        made._places = Places(made._extents, device)
+        return made
+
+    def fork(self) -> Session:
+        """A session that goes on from here by itself; KV and summaries so far are shared, not copied."""
+        return Session.from_state(self.config, self.policy, self.memory, self.device, self.state())
 
     # What each layer calls
 

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ class HostMemory:
         self.limit_bytes = limit_bytes
         self.pinned = pinned
         self.in_use_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a tensor may be released while the same thread counts another
 
     def check(self, needed_bytes: int) -> None:
         """Raise MemoryError if so many bytes more cannot be had."""
@@ -93,10 +93,14 @@ class HostMemory:
         num_bytes = dtype.itemsize
         for extent in shape:
             num_bytes *= extent
-        self.check(num_bytes)
-        tensor = torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
         with self._lock:
+            self.check(num_bytes)
             self.in_use_bytes += num_bytes
+        try:
+            tensor = torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
+        except BaseException:
+            self._release(num_bytes)
+            raise
         weakref.finalize(tensor, self._release, num_bytes)
         return tensor
 
@@ -106,12 +110,38 @@ class HostMemory:
 
 
 class Slab:
-    """A fixed run of token rows in host memory, one tensor `[N, capacity, 2, H]` per layer, made when first written."""
+    """A fixed run of token rows in host memory, one tensor `[N, capacity, 2, H]` per layer, made when first written.
 
-    def __init__(self, capacity_tokens: int) -> None:
+    `load`: where the rows of a full slab come from when a layer's are first asked for; None: they were written here.
+    """
+
+    def __init__(self, capacity_tokens: int, used_tokens: int = 0, load: Callable[[int], Tensor] | None = None) -> None:
         self.capacity_tokens = capacity_tokens
-        self.used_tokens = 0
-        self.kv_of_layer: dict[int, Tensor] = {}
+        self.used_tokens = used_tokens
+        self._load = load
+        self._kv_of_layer: dict[int, Tensor] = {}
+
+    def kv(self, layer: int) -> Tensor:
+        """The rows of one layer; raises whatever loading them raises."""
+        if layer not in self._kv_of_layer and self._load is not None:
+            self._kv_of_layer[layer] = self._load(layer)
+        return self._kv_of_layer[layer]
+
+    def allocate(self, layer: int, memory: HostMemory, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Host memory for one layer, if it has none yet."""
+        if layer not in self._kv_of_layer:
+            shape = (num_kv_heads, self.capacity_tokens, 2, head_dim)
+            self._kv_of_layer[layer] = memory.allocate(shape, dtype)
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose rows are in host memory."""
+        return sorted(self._kv_of_layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory held."""
+        return sum(kv.nbytes for kv in self._kv_of_layer.values())
 
     @property
     def free_tokens(self) -> int:
@@ -135,14 +165,24 @@ class Extent:
     straddles two slabs, so the rows of one KV head are one run of bytes.
     """
 
-    def __init__(self, memory: HostMemory, device: torch.device) -> None:
+    def __init__(
+        self,
+        memory: HostMemory,
+        device: torch.device,
+        slabs: Sequence[Slab] = (),
+        place_of: Tensor | None = None,
+        tables_of_layer: Mapping[int, Sequence[Tensor]] | None = None,
+    ) -> None:
+        """Empty, or of sentences that another extent held: its slabs, places and summaries."""
         self.memory = memory
         self.device = device
-        self.slabs: list[Slab] = []
-        self.num_tokens = 0
-        self.place_of = torch.empty((0, 4), dtype=torch.int64)
+        self.slabs = list(slabs)
+        self.place_of = torch.empty((0, 4), dtype=torch.int64) if place_of is None else place_of
         """Of each sentence: first token's context position, tokens, slab (number within the extent), first row."""
+        self.num_tokens = int(self.place_of[:, 1].sum())
         self._tables_of_layer: dict[int, list[GrowingTable]] = {}
+        for layer, tables in (tables_of_layer or {}).items():
+            self.add_summaries(layer, tables)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -152,7 +192,7 @@ class Extent:
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory held, unused rows included."""
-        return sum(kv.nbytes for slab in self.slabs for kv in slab.kv_of_layer.values())
+        return sum(slab.nbytes for slab in self.slabs)
 
     @property
     def summary_bytes(self) -> int:
@@ -193,9 +233,7 @@ class Extent:
     def allocate(self, layer: int, runs: Sequence[Run], num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Host memory of one layer for the slabs of these runs, where they have none yet."""
         for run in runs:
-            if layer not in run.slab.kv_of_layer:
-                shape = (num_kv_heads, run.slab.capacity_tokens, 2, head_dim)
-                run.slab.kv_of_layer[layer] = self.memory.allocate(shape, dtype)
+            run.slab.allocate(layer, self.memory, num_kv_heads, head_dim, dtype)
 
     def write(self, layer: int, runs: Sequence[Run], kv_NTH: Tensor) -> None:
         """Copy closed tokens `[N, T, 2, H]` of one layer to host memory; asynchronous on a GPU until `flush`."""
@@ -204,7 +242,7 @@ class Extent:
         if self._copy_stream is None:
             for run in runs:
                 rows = slice(run.row, run.row + run.stop - run.start)
-                run.slab.kv_of_layer[layer][:, rows] = kv_NTH[:, run.start : run.stop]
+                run.slab.kv(layer)[:, rows] = kv_NTH[:, run.start : run.stop]
             return
         self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copy_stream):
@@ -214,7 +252,7 @@ class Extent:
                 # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
                 for head in range(num_heads):
                     source = kv_NTH[head, run.start : run.stop]
-                    run.slab.kv_of_layer[layer][head, rows].copy_(source, non_blocking=True)
+                    run.slab.kv(layer)[head, rows].copy_(source, non_blocking=True)
 
     def flush(self) -> None:
         """Wait until all rows written so far are in host memory."""
@@ -233,8 +271,8 @@ class Extent:
             table.append(rows)
 
     def summaries(self, layer: int) -> tuple[Tensor, ...]:
-        """The summary tables of one layer; views, valid until the next `add_summaries`."""
-        return tuple(table.rows for table in self._tables_of_layer[layer])
+        """The summary tables of one layer, none if it keeps none; views, valid until the next `add_summaries`."""
+        return tuple(table.rows for table in self._tables_of_layer.get(layer, ()))
 
 
 class GrowingTable:
@@ -298,7 +336,7 @@ class Places:
 
     def slab_addresses(self, layers: Sequence[int]) -> Tensor:
         """int64 `[D, number of slabs, 2]` on the device: address and capacity of each slab, for each of D layers."""
-        rows = [[[slab.kv_of_layer[layer].data_ptr(), slab.capacity_tokens] for slab in self.slabs] for layer in layers]
+        rows = [[[slab.kv(layer).data_ptr(), slab.capacity_tokens] for slab in self.slabs] for layer in layers]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1, 2).to(self._device)
 
     def read(self, layer: int, into_NTH: Tensor) -> None:
@@ -307,7 +345,7 @@ class Places:
             extent.order_after_writes()
         start = 0
         for slab, used_tokens in zip(self.slabs, self._used_tokens, strict=True):
-            kv = slab.kv_of_layer[layer]
+            kv = slab.kv(layer)
             stop = start + used_tokens
             if self._device.type == "cpu":
                 into_NTH[:, start:stop] = kv[:, :used_tokens]

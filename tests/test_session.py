@@ -337,7 +337,7 @@ def test_bounded_host_memory(device: torch.device) -> None:
     memory = HostMemory(1000, pinned=device.type == "cuda")
     session = Session(CONFIG, policies.load("moments"), memory, device)
     session.expect(sentence_ends(300))
-    with pytest.raises(MemoryError, match=r"needs .* MiB of host memory .*host_memory_bytes"):
+    with pytest.raises(MemoryError, match=r"needs .* of host memory .*host_memory_bytes"):
         run(session, Tokens.random(300, device), 300, exact=True)
     with pytest.raises(MemoryError, match="close documents"):
         memory.check(1 << 60)
