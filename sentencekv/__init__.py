@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sentencekv.attention import UnsupportedModelError
     from sentencekv.config import Config
+    from sentencekv.disk import SavedFileError
     from sentencekv.document import Document, GenerationStream
     from sentencekv.generation import Generation, LogLikelihood, Perplexity, Source, Stats
     from sentencekv.lm import LongContextLM
@@ -28,6 +29,7 @@ __all__ = [
     "LongContextLM",
     "Perplexity",
     "SamplingOptions",
+    "SavedFileError",
     "Source",
     "Stats",
     "UnsupportedModelError",
@@ -42,6 +44,7 @@ _HOMES = {
     "LongContextLM": "lm",
     "Perplexity": "generation",
     "SamplingOptions": "sampling",
+    "SavedFileError": "disk",
     "Source": "generation",
     "Stats": "generation",
     "UnsupportedModelError": "attention",

@@ -21,6 +21,7 @@ import shutil
 import stat
 import struct
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -224,26 +225,28 @@ class SavedFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = str(path)
         target = Path(path).expanduser()
+        if target.is_dir():
+            raise IsADirectoryError(f"{self.name!r} is a directory, not a saved document")
         try:
-            self._file = target.open("rb", buffering=0)
+            self._descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no file {self.name!r}; check the path") from None
-        except IsADirectoryError:
-            raise IsADirectoryError(f"{self.name!r} is a directory, not a saved document") from None
         except PermissionError:
             raise PermissionError(f"{self.name!r} may not be read; change its permissions, or copy it") from None
-        self.num_bytes = os.fstat(self._file.fileno()).st_size
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+        """Let go of the file; reading afterwards is an error. Happens by itself with the last reference."""
+        self.num_bytes = os.fstat(self._descriptor).st_size
         self.description = self._read_header()
 
     def _read_header(self) -> dict[str, Any]:
         foreign = SavedFileError(f"{self.name!r} is not a document that sentencekv saved")
         if self.num_bytes < 8:
             raise foreign
-        (length,) = struct.unpack("<Q", os.pread(self._file.fileno(), 8, 0))
+        (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
         if length > min(_MOST_HEADER_BYTES, self.num_bytes - 8):
             raise foreign
         try:
-            metadata = json.loads(os.pread(self._file.fileno(), length, 8))["__metadata__"]
+            metadata = json.loads(os.pread(self._descriptor, length, 8))["__metadata__"]
             content, checksum = metadata["sentencekv"], metadata["crc32"]
         except (ValueError, KeyError, TypeError):
             raise foreign from None
@@ -252,7 +255,7 @@ class SavedFile:
         description = json.loads(content)
         self._layout: dict[str, list[Any]] = description.pop("tensors")
         self._first = 8 + length
-        expected = self._first + sum(self._num_bytes(name) for name in self._layout)
+        expected = self._first + sum(self.num_bytes_of(name) for name in self._layout)
         if self.num_bytes != expected:
             raise self._damaged(f"it has {self.num_bytes:,} bytes and should have {expected:,}; was the copy cut off?")
         return description
@@ -260,7 +263,8 @@ class SavedFile:
     def _damaged(self, reason: str) -> SavedFileError:
         return SavedFileError(f"{self.name!r} is damaged: {reason}; read the document again and save it")
 
-    def _num_bytes(self, name: str) -> int:
+    def num_bytes_of(self, name: str) -> int:
+        """A tensor's bytes."""
         dtype, shape, _, _ = self._layout[name]
         count = _DTYPES[dtype].itemsize
         for extent in shape:
@@ -287,7 +291,7 @@ class SavedFile:
     def read_into(self, name: str, parts: Sequence[Tensor]) -> None:
         """Fill contiguous CPU tensors that follow one another in a saved one; as `read`. Any thread may call it."""
         offset, checksum = self._first + self._layout[name][2], 0
-        expected = offset + self._num_bytes(name)
+        expected = offset + self.num_bytes_of(name)
         for part in parts:
             view = _view(part)
             for start in range(0, len(view), _PIECE_BYTES):
@@ -301,11 +305,7 @@ class SavedFile:
 
     def _fill(self, piece: memoryview, offset: int) -> None:
         while len(piece):
-            count = os.preadv(self._file.fileno(), [piece], offset)
+            count = os.preadv(self._descriptor, [piece], offset)
             if not count:
                 raise self._damaged("it became shorter while it was read")
             piece, offset = piece[count:], offset + count
-
-    def close(self) -> None:
-        """Let go of the file; reading afterwards is an error."""
-        self._file.close()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TypedDict
 
 from typing_extensions import Self, Unpack
 
+from sentencekv.disk import Written
 from sentencekv.engine import Engine
 from sentencekv.generation import Generation
-from sentencekv.prompts import Frame, Prompt, encode_appended
+from sentencekv.prompts import encode_appended
 from sentencekv.reading import Progress
 from sentencekv.sampling import SamplingOptions, make_options
+from sentencekv.saved import Contents, save
 from sentencekv.session import Session
 
 
@@ -60,16 +63,15 @@ class Document:
     `close` (or leaving a `with` block) frees its memory.
     """
 
-    def __init__(
-        self, engine: Engine, text: str, prompt: Prompt, frame: Frame, session: Session, seconds_to_read: float
-    ) -> None:
-        """Use `LongContextLM.read`."""
-        self.text = text
+    def __init__(self, engine: Engine, contents: Contents, seconds_to_read: float) -> None:
+        """Use `LongContextLM.read` or `LongContextLM.open`."""
+        self.text = contents.text
         self.seconds_to_read = seconds_to_read
+        """What reading it took, or opening its file."""
         self._engine = engine
-        self._prompt = prompt
-        self._frame = frame
-        self._session: Session | None = session
+        self._prompt = contents.prompt
+        self._frame = contents.frame
+        self._session: Session | None = contents.session
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +85,7 @@ class Document:
 
     @property
     def kv_host_bytes(self) -> int:
-        """Host memory that its KV takes; 0 when closed."""
+        """Host memory that its KV takes; 0 when closed, and for a saved one before anything was asked of it."""
         return self._session.host_bytes if self._session is not None else 0
 
     def ask(self, question: str, *, progress: Progress | None = None, **sampling: Unpack[Sampling]) -> Generation:
@@ -106,14 +108,30 @@ class Document:
         return self._continue(text, progress, make_options(sampling)).drain()
 
     def _continue(self, text: str, progress: Progress | None, options: SamplingOptions) -> GenerationStream:
-        if self._session is None:
-            raise ValueError("the document is closed; read it again")
+        session = self._contents().session
         engine = self._engine
         appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
         results: list[Generation] = []
         first_char = len(self._frame.before)
-        pieces = engine.continue_from(self._session, self._prompt, first_char, appended, options, progress, results)
+        pieces = engine.continue_from(session, self._prompt, first_char, appended, options, progress, results)
         return GenerationStream(pieces, results)
+
+    def save(self, path: str | os.PathLike[str], *, progress: Written | None = None) -> int:
+        """Write the document to a file, from which `LongContextLM.open` takes it up without reading it again.
+
+        The file is in the safetensors format; it has checksums, and replaces one of that name only once it is whole.
+
+        Args:
+            progress: called with bytes written and bytes in all.
+
+        Returns its bytes. Raises OSError if it cannot be written; ValueError if the document is closed.
+        """
+        return save(path, self._engine.owner, self._contents(), progress)
+
+    def _contents(self) -> Contents:
+        if self._session is None:
+            raise ValueError("the document is closed; read it again")
+        return Contents(self.text, self._prompt, self._frame, self._session)
 
     def close(self) -> None:
         """Free the document's memory; answers under way keep what they need until they end. Closing twice is fine."""

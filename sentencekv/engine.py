@@ -23,6 +23,7 @@ from sentencekv.graph import Stepper
 from sentencekv.prompts import Prompt, section
 from sentencekv.reading import Progress, read
 from sentencekv.sampling import SamplingOptions, refuse_nan
+from sentencekv.saved import Owner
 from sentencekv.session import Session
 from sentencekv.store import HostMemory, host_tokens
 
@@ -42,6 +43,7 @@ class Engine:
         self.memory = memory
         self.policy = policies.load(config.policy, config.policy_options)
         self.stepper = Stepper(model, self.policy)
+        self.owner = Owner(model, tokenizer)
         self._stop_ids = _stop_ids(model, tokenizer)
         embedding: Any = model.get_input_embeddings()
         self._num_embeddings: int = embedding.weight.shape[0]

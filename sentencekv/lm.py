@@ -23,6 +23,7 @@ from sentencekv.loading import DEVICE_TYPES, load_model
 from sentencekv.prompts import Message, Prompt, document_frame, encode, encode_chat, is_chat, section
 from sentencekv.reading import Progress
 from sentencekv.sampling import make_options
+from sentencekv.saved import Contents, open_saved
 from sentencekv.store import HostMemory
 
 
@@ -191,7 +192,23 @@ class LongContextLM:
         engine.check_fits([prompt], new_tokens=0)
         session = engine.session()
         engine.read([session], [prompt], progress)
-        return Document(engine, text, prompt, frame, session, time.perf_counter() - started_at)
+        return Document(engine, Contents(text, prompt, frame, session), time.perf_counter() - started_at)
+
+    def open(self, path: str | os.PathLike[str]) -> Document:
+        """Take up a document that `Document.save` wrote, without reading it again; its answers are the same.
+
+        What stays on the device is read now; the KV of its sentences comes to host memory when it is first needed, so
+        the file has to stay until something was asked of the document.
+
+        Raises:
+            SavedFileError: the file is damaged or no saved document; or it belongs to another model, dtype, tokenizer
+                or configuration.
+            FileNotFoundError, PermissionError: there is no such file, or it may not be read.
+        """
+        engine = self._engine
+        started_at = time.perf_counter()
+        contents = open_saved(path, engine.owner, engine.config, engine.policy, engine.memory)
+        return Document(engine, contents, time.perf_counter() - started_at)
 
     def perplexity(
         self,

@@ -26,6 +26,7 @@ LEVEL = {
     "store": 2,
     "lane": 3,
     "session": 4,
+    "saved": 5,
     "batch": 5,
     "sampling": 1,
     "prompts": 2,

@@ -1,0 +1,291 @@
+"""Documents as files: what a session goes on from, with the text, its tokens, and whose they are.
+
+A document is opened by reading what stays on the device: summaries, sink, recent tokens. The KV of its sentences comes
+to host memory when it is first needed, layer after layer, as attention needs it, by threads that read ahead.
+
+Knows sessions, prompts and what tells models and tokenizers apart; nothing of how documents are asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sentencekv.config import Config
+from sentencekv.disk import Pieces, SavedFile, SavedFileError, Written, write_file
+from sentencekv.policies import Policy
+from sentencekv.prompts import Frame, Prompt
+from sentencekv.session import Session, State
+from sentencekv.store import Extent, HostMemory, Slab
+
+_KIND, _VERSION = "sentencekv document", 1
+_READERS = 4
+"""Threads that read ahead: a checksum takes one of them longer than the disk takes for the bytes."""
+_SAMPLED_NUMBERS = 64
+"""Of each of the model's weights, for its fingerprint."""
+_FIXED = ("policy", "policy_options", "sink_tokens", "window_tokens", "max_sentence_tokens", "kv_dtype")
+"""Settings under which a document was read, and which cannot be others afterwards."""
+
+
+class Contents(NamedTuple):
+    """What a document is made of."""
+
+    text: str
+    prompt: Prompt
+    frame: Frame
+    session: Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """What a document belongs to: KV means nothing to another model, and tokens nothing to another tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """A hash of names, shapes and some numbers of all weights, whatever their dtype."""
+        digest = hashlib.sha256()
+        samples = []
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+            flat = parameter.detach().reshape(-1)
+            samples.append(flat[:: max(flat.numel() // _SAMPLED_NUMBERS, 1)][:_SAMPLED_NUMBERS].float())
+        digest.update(torch.cat(samples).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def rotary(self) -> Tensor:
+        """Frequencies and scales of the model's rotary embeddings, as they are in force: float32, one dimension."""
+        found = [buffer.float().reshape(-1) for name, buffer in self.model.named_buffers() if "inv_freq" in name]
+        scales = [getattr(module, "attention_scaling", None) for module in self.model.modules()]
+        return torch.cat([*(each.cpu() for each in found), torch.tensor([each for each in scales if each is not None])])
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """A hash of all tokens and their ids."""
+        tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(repr(tokens).encode()).hexdigest()
+
+
+def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progress: Written | None = None) -> int:
+    """Write a document to a file; returns its bytes. Raises OSError if it cannot be written, as `disk.write_file`."""
+    text, prompt, frame, session = contents
+    state = session.state()
+    tensors = {
+        "text": Pieces.of(torch.frombuffer(bytearray(prompt.text.encode()), dtype=torch.uint8)),
+        "token_ids": Pieces.of(torch.tensor(prompt.token_ids, dtype=torch.int32)),
+        "spans": Pieces.of(torch.from_numpy(np.ascontiguousarray(prompt.spans))),
+        "ends": Pieces.of(torch.tensor(prompt.ends, dtype=torch.int64)),
+        "rotary": Pieces.of(owner.rotary),
+    }
+    for kind in ("sink", "recent", "local"):
+        for layer, kv in getattr(state, kind).items():
+            tensors[f"{kind}.layer{layer}"] = Pieces.of(kv.contiguous())
+    for e, extent in enumerate(state.extents):
+        tensors[f"extent{e}.places"] = Pieces.of(extent.place_of)
+        for layer in state.recent:
+            for i, table in enumerate(extent.summaries(layer)):
+                tensors[f"extent{e}.summaries{i}.layer{layer}"] = Pieces.of(table)
+    num_layers = len(state.recent)
+    for layer, recent in state.recent.items():
+        for e, extent in enumerate(state.extents):
+            for s, slab in enumerate(extent.slabs):
+                shape = (recent.shape[0], slab.used_tokens, *recent.shape[2:])
+                tensors[_slab_name(e, s, layer)] = Pieces(recent.dtype, shape, functools.partial(_heads, slab, layer))
+    description = {
+        "kind": _KIND,
+        "version": _VERSION,
+        "model": {"type": type(owner.model).__name__, "weights": owner.weights, "dtype": str(owner.model.dtype)},
+        "vocabulary": owner.vocabulary,
+        "settings": {name: getattr(session.config, name) for name in _FIXED},
+        "frame": dataclasses.asdict(frame),
+        "first_char": len(prompt.text) - len(text),
+        "num_layers": num_layers,
+        "session": {
+            "num_tokens": state.num_tokens,
+            "closed_end": state.closed_end,
+            "ends": state.ends,
+            "last_expected_end": state.last_expected_end,
+            "window_of": _by_number(state.window_of),
+            "dense_bytes_per_token": _by_number(state.dense_bytes_per_token),
+            "layers": list(state.recent),
+            "local_layers": list(state.local),
+            "slabs": [[[slab.capacity_tokens, slab.used_tokens] for slab in e.slabs] for e in state.extents],
+        },
+    }
+    return write_file(path, description, tensors, progress)
+
+
+def _slab_name(extent: int, slab: int, layer: int) -> str:
+    return f"extent{extent}.slab{slab}.layer{layer}"
+
+
+def _heads(slab: Slab, layer: int) -> Iterator[Tensor]:
+    """The used rows of each head, one after another."""
+    kv = slab.kv(layer)
+    return (kv[head, : slab.used_tokens] for head in range(kv.shape[0]))
+
+
+def _by_number(values: Mapping[int, int]) -> dict[str, int]:
+    return {str(number): value for number, value in values.items()}
+
+
+def open_saved(
+    path: str | os.PathLike[str], owner: Owner, config: Config, policy: Policy, memory: HostMemory
+) -> Contents:
+    """A document from its file. The KV of its sentences is read when it is first needed: the file has to stay.
+
+    Raises SavedFileError if the file is damaged, or of another model, tokenizer, dtype or configuration.
+    """
+    saved = SavedFile(path)
+    description = saved.description
+    if description.get("kind") != _KIND:
+        raise SavedFileError(f"{saved.name!r} is not a document that sentencekv saved")
+    if description["version"] != _VERSION:
+        raise SavedFileError(
+            f"{saved.name!r} has version {description['version']} of the format, this is version {_VERSION}; read the "
+            "document again and save it"
+        )
+    _check_owner(saved, owner)
+    _check_settings(saved, config)
+    device = owner.model.device
+    whole = bytes(saved.read("text").numpy()).decode()
+    prompt = Prompt(whole, saved.read("token_ids").tolist(), saved.read("spans").numpy(), saved.read("ends").tolist())
+    numbers = description["session"]
+    layers = numbers["layers"]
+
+    def on_device(name: str) -> Tensor:
+        return saved.read(name).to(device)
+
+    loading = _Loading(saved, memory, numbers["slabs"], layers)
+    extents = []
+    for e, sizes in enumerate(numbers["slabs"]):
+        slabs = [Slab(capacity, used, functools.partial(loading.kv, e, s)) for s, (capacity, used) in enumerate(sizes)]
+        tables: dict[int, list[Tensor]] = {}
+        for layer in layers:
+            names = (f"extent{e}.summaries{i}.layer{layer}" for i in range(2))
+            tables[layer] = [on_device(name) for name in names if name in saved]
+        extents.append(
+            Extent(memory, device, slabs, saved.read(f"extent{e}.places"), {k: v for k, v in tables.items() if v})
+        )
+    state = State(
+        num_tokens=numbers["num_tokens"],
+        closed_end=numbers["closed_end"],
+        ends=numbers["ends"],
+        last_expected_end=numbers["last_expected_end"],
+        sink={layer: on_device(f"sink.layer{layer}") for layer in layers},
+        recent={layer: on_device(f"recent.layer{layer}") for layer in layers},
+        local={layer: on_device(f"local.layer{layer}") for layer in numbers["local_layers"]},
+        window_of={int(layer): window for layer, window in numbers["window_of"].items()},
+        dense_bytes_per_token={int(layer): count for layer, count in numbers["dense_bytes_per_token"].items()},
+        extents=extents,
+    )
+    session = Session.from_state(config, policy, memory, device, state)
+    return Contents(whole[description["first_char"] :], prompt, Frame(**description["frame"]), session)
+
+
+def _check_owner(saved: SavedFile, owner: Owner) -> None:
+    described = saved.description["model"]
+    if described["dtype"] != str(owner.model.dtype):
+        theirs, ours = (str(dtype).removeprefix("torch.") for dtype in (described["dtype"], owner.model.dtype))
+        raise SavedFileError(
+            f"{saved.name!r} holds KV in {theirs}, the model is in {ours}; load it with dtype={theirs!r}"
+        )
+    if described["weights"] != owner.weights:
+        raise SavedFileError(
+            f"{saved.name!r} was read by another model ({described['type']}, fingerprint {described['weights'][:12]}; "
+            f"this one is a {type(owner.model).__name__}, {owner.weights[:12]}); open it with the model that read it"
+        )
+    rotary = saved.read("rotary")
+    if rotary.shape != owner.rotary.shape or not torch.allclose(rotary, owner.rotary, rtol=1e-4, atol=0.0):
+        raise SavedFileError(
+            f"{saved.name!r} was read with other rotary position embeddings (RoPE); load the model with the "
+            "configuration that it had"
+        )
+    if saved.description["vocabulary"] != owner.vocabulary:
+        raise SavedFileError(f"{saved.name!r} was made with another tokenizer; open it with the tokenizer that read it")
+
+
+def _check_settings(saved: SavedFile, config: Config) -> None:
+    settings = saved.description["settings"]
+    different = {name: settings[name] for name in _FIXED if settings[name] != getattr(config, name)}
+    if different:
+        given = ", ".join(f"{name}={value!r}" for name, value in different.items())
+        ours = ", ".join(f"{name}={getattr(config, name)!r}" for name in different)
+        raise SavedFileError(
+            f"{saved.name!r} was read under {given}, and this is {ours}; open it with lm.with_config({given}), or read "
+            "the document again"
+        )
+
+
+class _Loading:
+    """The slabs of a file on their way to host memory: from when the first is asked for, layer after layer."""
+
+    def __init__(
+        self, saved: SavedFile, memory: HostMemory, sizes: Sequence[Sequence[Sequence[int]]], layers: Sequence[int]
+    ) -> None:
+        self._saved, self._memory = saved, memory
+        self._capacity_of = {
+            _slab_name(e, s, layer): capacity
+            for layer in layers
+            for e, slabs in enumerate(sizes)
+            for s, (capacity, _) in enumerate(slabs)
+        }
+        """Of what was not handed over yet, in the order in which it is needed."""
+        self._futures: dict[str, Future[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def kv(self, extent: int, slab: int, layer: int) -> Tensor:
+        """Rows of one slab and layer, in host memory; waits until they are there. What was given once is not again."""
+        name = _slab_name(extent, slab, layer)
+        with self._lock:
+            if name not in self._futures:
+                self._start()
+            future = self._futures[name]
+        try:
+            kv = future.result()
+        except BaseException:
+            with self._lock:
+                self._stop()
+                self._futures = {}  # whoever asks next tries anew: memory may have become free
+            raise
+        with self._lock:
+            self._futures.pop(name, None)
+            self._capacity_of.pop(name, None)
+            if not self._capacity_of:
+                self._saved.close()
+        return kv
+
+    def _start(self) -> None:
+        self._memory.check(
+            sum(
+                self._saved.num_bytes_of(name) // max(self._saved.shape(name)[1], 1) * capacity
+                for name, capacity in self._capacity_of.items()
+            )
+        )
+        executor = ThreadPoolExecutor(_READERS, thread_name_prefix="sentencekv-read")
+        self._stop = weakref.finalize(self, executor.shutdown, wait=False, cancel_futures=True)
+        for name, capacity in self._capacity_of.items():
+            self._futures[name] = executor.submit(_load, self._saved, self._memory, name, capacity)
+        executor.shutdown(wait=False)  # the threads end when all is read
+
+
+def _load(saved: SavedFile, memory: HostMemory, name: str, capacity: int) -> Tensor:
+    num_heads, used, two, head_dim = saved.shape(name)
+    kv = memory.allocate((num_heads, capacity, two, head_dim), saved.dtype(name))
+    saved.read_into(name, [kv[head, :used] for head in range(num_heads)])
+    return kv

@@ -1,0 +1,195 @@
+"""Documents in files: opened, they answer as before; what does not belong together is refused."""
+
+import gc
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from sentencekv import LongContextLM, SavedFileError, policies
+from tests.conftest import make_model
+
+SMALL = {
+    "budget_tokens": 96,
+    "sink_tokens": 4,
+    "window_tokens": 12,
+    "max_sentence_tokens": 16,
+    "min_sentence_tokens": 4,
+    "prefill_chunk_tokens": 100,
+}
+QUESTION = "What did the captain find?"
+
+
+def make_lm(tokenizer: PreTrainedTokenizerFast, architecture: str = "llama", **changes: object) -> LongContextLM:
+    return LongContextLM.from_model(make_model(architecture), tokenizer, **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def lm(tokenizer: PreTrainedTokenizerFast) -> LongContextLM:
+    return make_lm(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def saved(lm: LongContextLM, prose: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "a.skv"
+    with lm.read(prose[:4000]) as document:
+        document.save(path)
+    return path
+
+
+def answers(document) -> list:
+    options = {"max_new_tokens": 24, "logprobs": True}
+    found = [document.ask(QUESTION, **options), document.ask("Who?", **options), document.complete(**options)]
+    return [(each.token_ids, each.logprobs, each.sources) for each in found]
+
+
+@pytest.mark.parametrize("policy", policies.available())
+def test_an_opened_document_answers_as_before(
+    policy: str, tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path
+) -> None:
+    """Bit for bit, from the file, from a file of the opened one, and with host memory that is just enough."""
+    lm = make_lm(tokenizer, policy=policy)
+    document = lm.read(prose[:4000])
+    seen: list[tuple[int, int]] = []
+    size = document.save(tmp_path / "a", progress=lambda done, total: seen.append((done, total)))
+    assert size == (tmp_path / "a").stat().st_size
+    assert seen[-1][0] == seen[-1][1] < size
+    expected = answers(document)
+    held = document.kv_host_bytes
+    opened = lm.open(tmp_path / "a")
+    assert opened.kv_host_bytes == 0
+    assert (opened.text, opened.num_tokens, opened.num_sentences) == (
+        document.text,
+        document.num_tokens,
+        document.num_sentences,
+    )
+    opened.save(tmp_path / "b")
+    again = lm.open(tmp_path / "b")
+    (tmp_path / "b").unlink()  # what is open stays readable
+    document.close()
+    assert answers(opened) == expected
+    assert answers(again) == expected
+    assert again.kv_host_bytes == held
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "qwen2", "mistral"])
+def test_other_architectures(architecture: str, tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path) -> None:
+    """Sliding-window layers have no sentences; their last tokens are in the file."""
+    lm = make_lm(tokenizer, architecture)
+    document = lm.read(prose[:1500])
+    document.save(tmp_path / "a")
+    assert answers(lm.open(tmp_path / "a")) == answers(document)
+
+
+def test_a_text_shorter_than_the_window(lm: LongContextLM, tmp_path: Path) -> None:
+    document = lm.read("A boat.")
+    document.save(tmp_path / "a")
+    assert answers(lm.open(tmp_path / "a")) == answers(document)
+
+
+def test_a_document_on_a_gpu(tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path, device) -> None:
+    """Saved from pinned memory, opened into it."""
+    model = make_model("llama").to(device)
+    lm = LongContextLM.from_model(model, tokenizer, **SMALL)
+    document = lm.read(prose[:4000])
+    document.save(tmp_path / "a")
+    assert answers(lm.open(tmp_path / "a")) == answers(document)
+
+
+def test_chat_documents_keep_their_frame(tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path) -> None:
+    chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<begin>")
+    chatty.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant] "
+    lm = make_lm(chatty)
+    document = lm.read(prose[:900])
+    document.save(tmp_path / "a")
+    opened = lm.open(tmp_path / "a")
+    assert opened.text == prose[:900]
+    assert answers(opened) == answers(document)
+
+
+def test_a_file_of_another_model_is_refused(lm: LongContextLM, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    other = LongContextLM.from_model(make_model("llama", seed=1), tokenizer, **SMALL)
+    with pytest.raises(SavedFileError, match="was read by another model"):
+        other.open(saved)
+    turned = make_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    with pytest.raises(SavedFileError, match="other rotary position embeddings"):
+        LongContextLM.from_model(turned, tokenizer, **SMALL).open(saved)
+    swapped = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = swapped["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(swapped)), bos_token="<begin>")
+    with pytest.raises(SavedFileError, match="another tokenizer"):
+        LongContextLM.from_model(make_model("llama"), words, **SMALL).open(saved)
+    lm.open(saved)
+
+
+def test_another_dtype_of_the_same_weights(tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path) -> None:
+    """Weights that are exact in both: the model is the same, its KV is not."""
+    rounded = make_model("llama").bfloat16()
+    LongContextLM.from_model(rounded, tokenizer, **SMALL).read(prose[:300]).save(tmp_path / "a")
+    wide = LongContextLM.from_model(rounded.float(), tokenizer, **SMALL)
+    with pytest.raises(SavedFileError, match=r"holds KV in bfloat16, the model is in float32; load it with dtype='bf"):
+        wide.open(tmp_path / "a")
+
+
+def test_other_settings_are_refused_with_the_remedy(lm: LongContextLM, saved: Path) -> None:
+    other = lm.with_config(policy="moments", sink_tokens=8)
+    with pytest.raises(SavedFileError, match=r"lm\.with_config\(policy='codes', sink_tokens=4\)"):
+        other.open(saved)
+    other.with_config(policy="codes", sink_tokens=4).open(saved)
+    lm.with_config(budget_tokens=200, hot_tokens=400).open(saved).ask(QUESTION, max_new_tokens=4)
+
+
+def test_damage_is_noticed_before_an_answer(lm: LongContextLM, saved: Path, tmp_path: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[-100] ^= 4  # the KV of the last layer
+    (tmp_path / "a").write_bytes(content)
+    opened = lm.open(tmp_path / "a")
+    for _ in range(2):
+        with pytest.raises(SavedFileError, match=r"is damaged: extent0\.slab0\.layer\d does not match its checksum"):
+            opened.ask(QUESTION)
+    (tmp_path / "a").write_bytes(content[:-1])
+    with pytest.raises(SavedFileError, match="was the copy cut off"):
+        lm.open(tmp_path / "a")
+    with pytest.raises(SavedFileError, match="is not a document"):
+        lm.open(Path(__file__))
+
+
+def test_too_little_host_memory_is_known_before_reading(lm: LongContextLM, saved: Path) -> None:
+    tight = lm.with_config(host_memory_bytes=400_000)
+    opened = tight.open(saved)
+    with pytest.raises(MemoryError, match="host_memory_bytes"):
+        opened.ask(QUESTION)
+    assert tight.host_bytes_in_use == 0
+    roomy = lm.with_config(host_memory_bytes=4_000_000)
+    opened = roomy.open(saved)
+    expected = answers(opened)
+    assert answers(opened) == expected
+    opened.close()
+    gc.collect()
+    assert roomy.host_bytes_in_use == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sentencekv-read")]
+
+
+def test_a_closed_document_is_not_saved(lm: LongContextLM, tmp_path: Path) -> None:
+    document = lm.read("A boat.")
+    document.close()
+    with pytest.raises(ValueError, match="closed"):
+        document.save(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_comes_back(tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path) -> None:
+    lm = LongContextLM.from_model(make_model("llama").bfloat16(), tokenizer, **SMALL)
+    document = lm.read(prose[:1500])
+    document.save(tmp_path / "a")
+    opened = lm.open(tmp_path / "a")
+    for ours, theirs in zip(opened._session._recent.values(), document._session._recent.values(), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs)
+    assert answers(opened) == answers(document)
