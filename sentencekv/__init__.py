@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sentencekv.attention import UnsupportedModelError
     from sentencekv.config import Config
     from sentencekv.disk import SavedFileError
-    from sentencekv.document import Document, GenerationStream
+    from sentencekv.document import Conversation, Document, GenerationStream
     from sentencekv.generation import Generation, LogLikelihood, Perplexity, Source, Stats
     from sentencekv.lm import LongContextLM
     from sentencekv.sampling import SamplingOptions
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Config",
+    "Conversation",
     "Document",
     "Generation",
     "GenerationStream",
@@ -37,6 +38,7 @@ __all__ = [
 
 _HOMES = {
     "Config": "config",
+    "Conversation": "document",
     "Document": "document",
     "Generation": "generation",
     "GenerationStream": "document",

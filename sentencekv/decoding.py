@@ -63,14 +63,28 @@ class Decoding:
             piece += self.stream.finish()
         return piece
 
+    @property
+    def drew_stop_id(self) -> bool:
+        """Whether the last token drawn was one that ends a text."""
+        return bool(self.token_ids) and self.token_ids[-1] in self._stop_ids
+
     def close_sentences(self) -> None:
         """Find sentence ends in a tail that outgrew one sentence, so that the session can close and offload them."""
         session = self.session
-        if session.num_tokens - session.last_expected_end <= session.config.max_sentence_tokens:
-            return
+        if session.num_tokens - session.last_expected_end > session.config.max_sentence_tokens:
+            session.expect(self._tail_ends())
+
+    def end_sentence(self) -> None:
+        """What was generated is over: its last sentence ends with it, however little it holds."""
+        session = self.session
+        if session.num_tokens > session.last_expected_end:
+            session.expect([*self._tail_ends(), session.num_tokens])
+
+    def _tail_ends(self) -> list[int]:
+        session = self.session
         start = session.last_expected_end
         tail = self.token_ids[start - self._first_position : session.num_tokens - self._first_position]
-        session.expect([start + end for end in tail_ends(self._tokenizer, tail, session.config)])
+        return [start + end for end in tail_ends(self._tokenizer, tail, session.config)]
 
 
 def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Tensor) -> Iterator[tuple[int, str]]:

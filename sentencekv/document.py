@@ -9,10 +9,11 @@ from typing import TypedDict
 
 from typing_extensions import Self, Unpack
 
+from sentencekv.decoding import Decoding
 from sentencekv.disk import Written
 from sentencekv.engine import Engine
 from sentencekv.generation import Generation
-from sentencekv.prompts import encode_appended
+from sentencekv.prompts import Prompt, encode_appended, generated, section
 from sentencekv.reading import Progress
 from sentencekv.sampling import SamplingOptions, make_options
 from sentencekv.saved import Contents, save
@@ -96,9 +97,7 @@ class Document:
         self, question: str, *, progress: Progress | None = None, **sampling: Unpack[Sampling]
     ) -> GenerationStream:
         """As `ask`, piece by piece."""
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"a question must be a non-empty string, got {question!r:.80}")
-        appended = self._frame.between + question + self._frame.after
+        appended = self._frame.between + _checked(question) + self._frame.after
         return self._continue(appended, progress, make_options(sampling))
 
     def complete(
@@ -112,9 +111,47 @@ class Document:
         engine = self._engine
         appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
         results: list[Generation] = []
-        first_char = len(self._frame.before)
-        pieces = engine.continue_from(session, self._prompt, first_char, appended, options, progress, results)
+        pieces = engine.continue_from(
+            session,
+            self._prompt,
+            len(self._frame.before),
+            appended,
+            options,
+            progress,
+            lambda _, generation: results.append(generation),
+        )
         return GenerationStream(pieces, results)
+
+    def chat(self) -> Conversation:
+        """A conversation about the document: each question is asked after the ones before it and their answers.
+
+        Raises ValueError if the tokenizer's chat template allows one question only, or rewrites what was said before.
+        """
+        return Conversation(self._engine, self._contents())
+
+    def append(self, text: str, *, progress: Progress | None = None) -> None:
+        """Add text at the document's end; what was read before is not read again.
+
+        Conversations and forks that were started before do not see it. If it fails or is interrupted, the document is
+        what it was.
+
+        Raises as `LongContextLM.read`, and ValueError if the document is closed.
+        """
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"what is appended must be a non-empty string, got {text!r:.80}")
+        session = self._contents().session
+        engine = self._engine
+        appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
+        session, _ = engine.append(session, self._prompt, appended, progress)
+        session.join_extents()
+        self._session = session
+        self._prompt = self._prompt.followed_by(appended)
+        self.text += text
+
+    def fork(self) -> Document:
+        """The same document once more, sharing what was read; what is appended to one, the other does not see."""
+        contents = self._contents()
+        return Document(self._engine, contents._replace(session=contents.session.fork()), self.seconds_to_read)
 
     def save(self, path: str | os.PathLike[str], *, progress: Written | None = None) -> int:
         """Write the document to a file, from which `LongContextLM.open` takes it up without reading it again.
@@ -144,3 +181,69 @@ class Document:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Conversation:
+    """Questions about a document, each asked after the ones before it and their answers. Use `Document.chat`.
+
+    Nothing is read twice: a question's tokens and those of its answer stay. An answer whose stream was not read to its
+    end is not part of the conversation, and neither is its question.
+    """
+
+    def __init__(self, engine: Engine, contents: Contents) -> None:
+        if contents.frame.next is None:
+            raise ValueError(
+                "the tokenizer's chat template allows one question only, or rewrites what was said before, so a "
+                "conversation cannot go on from what was read; ask single questions, or read with chat=False"
+            )
+        self._engine = engine
+        self._frame = contents.frame
+        self._session = contents.session
+        self._prompt = contents.prompt
+        self._num_answers = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the document and of all that was said about it."""
+        return len(self._prompt.token_ids)
+
+    def ask(self, question: str, *, progress: Progress | None = None, **sampling: Unpack[Sampling]) -> Generation:
+        """Answer the next question. Characters of `sources` count from the document's beginning, through all turns."""
+        return self.stream(question, progress=progress, **sampling).drain()
+
+    def stream(
+        self, question: str, *, progress: Progress | None = None, **sampling: Unpack[Sampling]
+    ) -> GenerationStream:
+        """As `ask`, piece by piece."""
+        options = make_options(sampling)
+        engine, frame = self._engine, self._frame
+        before = frame.next if self._num_answers else frame.between
+        assert before is not None
+        text = before + _checked(question) + frame.after
+        prompt = self._prompt.followed_by(encode_appended(engine.tokenizer, self._prompt.text, text, engine.config))
+        results: list[Generation] = []
+
+        def done(decoding: Decoding, generation: Generation) -> None:
+            self._remember(prompt, decoding)
+            results.append(generation)
+
+        # The last token of an answer was drawn and not read: it is read with the next question.
+        num_read = self._session.num_tokens
+        read, unread = section(prompt, 0, num_read, []), section(prompt, num_read, len(prompt.token_ids), [])
+        pieces = engine.continue_from(self._session, read, len(frame.before), unread, options, progress, done)
+        return GenerationStream(pieces, results)
+
+    def _remember(self, prompt: Prompt, decoding: Decoding) -> None:
+        engine = self._engine
+        said = decoding.token_ids[:-1] if decoding.drew_stop_id else decoding.token_ids
+        decoding.end_sentence()
+        decoding.session.join_extents()
+        self._session = decoding.session
+        self._prompt = prompt.followed_by(generated(engine.tokenizer, said, prompt.token_ids, engine.config))
+        self._num_answers += 1
+
+
+def _checked(question: str) -> str:
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"a question must be a non-empty string, got {question!r:.80}")
+    return question

@@ -7,7 +7,7 @@ of how models are loaded or of what a document is.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,17 @@ class Engine:
             sources = find_sources(decoding, prompt, 0)
             results.append(finish(decoding, sources, context_tokens=len(prompt.token_ids), started_at=started_at))
 
+    def append(
+        self, base: Session, context: Prompt, appended: Prompt, progress: Progress | None, new_tokens: int = 0
+    ) -> tuple[Session, Tensor]:
+        """Fork a session that has read `context` and append a prompt to it; with the logits of its last token.
+
+        `new_tokens`: how many will be generated after it, for the check that they fit.
+        """
+        self.check_fits([appended], new_tokens, before=len(context.token_ids))
+        session = base.fork()
+        return session, self.read([session], [appended], progress)
+
     def continue_from(
         self,
         base: Session,
@@ -124,18 +135,16 @@ class Engine:
         appended: Prompt,
         options: SamplingOptions,
         progress: Progress | None,
-        results: list[Generation],
+        done: Callable[[Decoding, Generation], None],
     ) -> Iterator[tuple[int, str]]:
-        """Fork a session that has read `context`, append a prompt to it and continue; as `generate` for one."""
+        """Append a prompt to a session's fork and continue; as `generate` for one, and `done` takes the result."""
         started_at = time.perf_counter()
-        self.check_fits([appended], options.max_new_tokens, before=len(context.token_ids))
-        session = base.fork()
-        logits = self.read([session], [appended], progress)
+        session, logits = self.append(base, context, appended, progress, options.max_new_tokens)
         context_ids = context.token_ids + appended.token_ids
         decoding = self._decoding(session, context_ids, options)
         yield from decode(self.stepper, [decoding], logits)
         sources = find_sources(decoding, context, first_char)
-        results.append(finish(decoding, sources, context_tokens=len(context_ids), started_at=started_at))
+        done(decoding, finish(decoding, sources, context_tokens=len(context_ids), started_at=started_at))
 
     def score(self, prompt: Prompt, num_scored: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities `[num_scored]` of a prompt's last tokens, and whether each is the greedy choice.

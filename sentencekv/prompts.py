@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sentencekv.config import Config
@@ -21,6 +22,7 @@ Message = Mapping[str, str]
 _ANCHOR_CHARACTERS = 48
 
 _DOCUMENT, _QUESTION = "<<sentencekv document>>", "<<sentencekv question>>"
+_ANSWER, _LATER = "<<sentencekv answer>>", "<<sentencekv later>>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,16 @@ class Prompt:
     """Character span of each token in `text`, int64 `[T, 2]`."""
     ends: list[int]
     """Token positions one past the end of each sentence, rising; the last is the number of tokens."""
+
+    def followed_by(self, other: Prompt) -> Prompt:
+        """Both as one prompt; where this one ends, a sentence does."""
+        num_tokens = len(self.token_ids)
+        return Prompt(
+            self.text + other.text,
+            self.token_ids + other.token_ids,
+            np.concatenate([self.spans, other.spans + len(self.text)]),
+            self.ends + [num_tokens + end for end in other.ends],
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, config: Config, *, special_tokens: bool) -> Prompt:
@@ -107,6 +119,8 @@ class Frame:
     after: str
     special_tokens: bool
     """Whether the tokenizer adds its own begin token (a chat template holds its own)."""
+    next: str | None
+    """From an answer to the question after it; None: the chat template rewrites what was said before."""
 
 
 def document_frame(tokenizer: PreTrainedTokenizerBase, *, chat: bool | None) -> Frame:
@@ -115,8 +129,9 @@ def document_frame(tokenizer: PreTrainedTokenizerBase, *, chat: bool | None) -> 
     `chat` None: a turn if the tokenizer has a chat template. True without a template raises ValueError.
     """
     if chat is False or (chat is None and not tokenizer.chat_template):
-        return Frame("", "\n\nQuestion: ", "\nAnswer:", special_tokens=True)
-    rendered = _render(tokenizer, [{"role": "user", "content": f"{_DOCUMENT}\n\n{_QUESTION}"}])
+        return Frame("", "\n\nQuestion: ", "\nAnswer:", special_tokens=True, next="\n\nQuestion: ")
+    first = {"role": "user", "content": f"{_DOCUMENT}\n\n{_QUESTION}"}
+    rendered = _render(tokenizer, [first])
     before, found_document, rest = rendered.partition(_DOCUMENT)
     between, found_question, after = rest.partition(_QUESTION)
     if not found_document or not found_question or _DOCUMENT in after or _QUESTION in before + after:
@@ -124,7 +139,18 @@ def document_frame(tokenizer: PreTrainedTokenizerBase, *, chat: bool | None) -> 
             "the chat template changes or repeats a message's text, so a document cannot be read ahead of its "
             "question; read it with chat=False, or use generate with chat messages"
         )
-    return Frame(before, between, after, special_tokens=False)
+    return Frame(before, between, after, special_tokens=False, next=_next(tokenizer, first, rendered, after))
+
+
+def _next(tokenizer: PreTrainedTokenizerBase, first: Message, rendered: str, after: str) -> str | None:
+    later = {"role": "user", "content": _LATER}
+    try:
+        longer = _render(tokenizer, [first, {"role": "assistant", "content": _ANSWER}, later])
+    except TemplateError:
+        return None  # a template that allows one question only
+    begin, _, rest = longer.partition(_ANSWER)
+    between, _, end = rest.partition(_LATER)
+    return between if begin == rendered and end == after else None
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -149,14 +175,30 @@ def section(prompt: Prompt, first: int, stop: int, begin_ids: Sequence[int]) -> 
     return Prompt(prompt.text, [*begin_ids, *prompt.token_ids[first:stop]], spans, ends)
 
 
+def generated(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], context_ids: Sequence[int], config: Config
+) -> Prompt:
+    """Generated tokens as a prompt: what each adds to the text after `context_ids`, and where sentences end."""
+    stream = TextStream(tokenizer, (), context_ids)
+    pieces = [stream.add(token) for token in token_ids]
+    if pieces:
+        pieces[-1] += stream.finish()
+    stops = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    spans = np.stack([stops - [len(piece) for piece in pieces], stops], axis=1).reshape(-1, 2)
+    return Prompt("".join(pieces), list(token_ids), spans, _ends_of(pieces, config))
+
+
 def tail_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], config: Config) -> list[int]:
     """Sentence ends within generated tokens, the last and perhaps unfinished sentence left out."""
     stream = TextStream(tokenizer, ())
-    pieces = [stream.add(token) for token in token_ids]
+    return _ends_of([stream.add(token) for token in token_ids], config)[:-1]
+
+
+def _ends_of(pieces: Sequence[str], config: Config) -> list[int]:
     offsets = token_sentence_offsets(
         pieces,
         max_tokens=config.max_sentence_tokens,
         min_tokens=config.min_sentence_tokens,
         splitter=config.splitter,
     )
-    return offsets[1:-1].tolist()
+    return offsets[1:].tolist()

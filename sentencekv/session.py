@@ -273,6 +273,18 @@ class Session:
         """A session that goes on from here by itself; KV and summaries so far are shared, not copied."""
         return Session.from_state(self.config, self.policy, self.memory, self.device, self.state())
 
+    def join_extents(self) -> None:
+        """Make few extents of many: each has at most half as many sentences as the one before it.
+
+        A session that is forked, goes on, and is forked again would gather one for each time.
+        """
+        state = self.state()
+        extents = state.extents
+        while len(extents) > 1 and 2 * extents[-1].num_sentences > extents[-2].num_sentences:
+            extents[-2:] = [Extent.joined(extents[-2:])]
+        self._extents = extents
+        self._places = Places(extents, self.device)
+
     # What each layer calls
 
     def attend(

@@ -185,6 +185,21 @@ class Extent:
             self.add_summaries(layer, tables)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @classmethod
+    def joined(cls, extents: Sequence[Extent]) -> Extent:
+        """Extents that follow one another as one, which shares their rows and has copies of their summaries."""
+        slabs: list[Slab] = []
+        places = []
+        for extent in extents:
+            extent.flush()
+            places.append(extent.place_of + torch.tensor([0, 0, len(slabs), 0]))
+            slabs += extent.slabs
+        tables = {
+            layer: [torch.cat(rows) for rows in zip(*(extent.summaries(layer) for extent in extents), strict=True)]
+            for layer in extents[0]._tables_of_layer
+        }
+        return cls(extents[0].memory, extents[0].device, slabs, torch.cat(places), tables)
+
     @property
     def num_sentences(self) -> int:
         return self.place_of.shape[0]
