@@ -1,4 +1,4 @@
-"""The command line: `sentencekv demo | ask | chat | policies | info`.
+"""The command line: `sentencekv demo | ask | read | chat | policies | info`.
 
 Answers go to standard output; progress, sources of an answer, costs and errors go to standard error. Every error of
 the user's is one sentence; exit status 2 for what was asked wrongly, 1 for what failed, 130 for Ctrl-C.
@@ -27,8 +27,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sentencekv import __version__, failures
-from sentencekv.files import STANDARD_INPUT, LoadedText, load_text
+from sentencekv import __version__, arguments, failures
+from sentencekv.files import STANDARD_INPUT, LoadedText, check_can_save
 from sentencekv.terminal import (
     ReadingProgress,
     cost_lines,
@@ -48,13 +48,7 @@ from sentencekv.terminal import (
 from sentencekv.units import format_bytes
 
 if TYPE_CHECKING:
-    from sentencekv import Document, Generation, LongContextLM
-
-DEFAULT_BUDGET_TOKENS = 1024
-"""`Config.budget_tokens`, for the help texts; a test holds them together."""
-
-DEFAULT_POLICY = "codes"
-"""`Config.policy`, likewise."""
+    from sentencekv import Conversation, Document, Generation, LongContextLM
 
 DEMO_BUDGET_TOKENS = 512
 
@@ -66,21 +60,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_Model = Annotated[str, typer.Option("--model", help="A model folder, a hub name, or 'pocket', the built-in one.")]
-_Policy = Annotated[str, typer.Option("--policy", help="How sentences are chosen; see `sentencekv policies`.")]
-_PolicyOptions = Annotated[
-    list[str] | None, typer.Option("--policy-option", metavar="NAME=VALUE", help="An option of the policy; repeatable.")
-]
-_Budget = Annotated[int, typer.Option("--budget", help="Context tokens that one KV head may read at one step.")]
-_Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-_Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-_MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens of one answer.")]
-_Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own warnings.")]
-_File = Annotated[
-    str, typer.Argument(metavar="FILE", help="A text file, '-' for standard input, or a directory, read file by file.")
-]
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -152,14 +131,14 @@ def demo(
     text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="Hide the facts in this text.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Length of the text; a longer FILE is cut there.")] = 16000,
     facts: Annotated[int, typer.Option("--facts", help="How many facts to hide and ask for.")] = 8,
-    budget: _Budget = DEMO_BUDGET_TOKENS,
-    policy: _Policy = DEFAULT_POLICY,
-    policy_option: _PolicyOptions = None,
-    model: _Model = "pocket",
+    budget: arguments.Budget = DEMO_BUDGET_TOKENS,
+    policy: arguments.Policy = arguments.DEFAULT_POLICY,
+    policy_option: arguments.PolicyOptions = None,
+    model: arguments.Model = "pocket",
     seed: Annotated[int, typer.Option("--seed", help="Another seed: other prose, other facts.")] = 1,
-    device: _Device = "auto",
-    dtype: _Dtype = "auto",
-    debug: _Debug = False,
+    device: arguments.Device = "auto",
+    dtype: arguments.Dtype = "auto",
+    debug: arguments.Debug = False,
 ) -> None:
     """Hide facts in a long text, read it, ask for each fact, and judge the answers.
 
@@ -168,8 +147,10 @@ def demo(
     for option, value in (("--tokens", tokens), ("--facts", facts)):
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
-    loaded = _load(text) if text is not None else None
-    lm = _load_model(model, device, dtype, policy, budget, policy_option)
+    loaded = arguments.load(text) if text is not None else None
+    if text is not None and loaded is None:
+        raise ValueError(f"{text!r} is a saved document, and facts are hidden in a text before it is read; give a text")
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option)
     from sentencekv.demo import ask_all, build_text, summarize
 
     hay = build_text(
@@ -210,29 +191,28 @@ def demo(
 
 @app.command()
 def ask(
-    file: _File,
+    file: arguments.File,
     question: Annotated[str, typer.Argument(help="What to ask of it.")],
     sources: Annotated[bool, typer.Option("--sources", help="Show the sentences that it was read from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the bare answer.")] = False,
-    max_new_tokens: _MaxNewTokens = 256,
-    temperature: _Temperature = 0.0,
+    max_new_tokens: arguments.MaxNewTokens = 256,
+    temperature: arguments.Temperature = 0.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes draws at --temperature repeatable.")] = None,
-    budget: _Budget = DEFAULT_BUDGET_TOKENS,
-    policy: _Policy = DEFAULT_POLICY,
-    policy_option: _PolicyOptions = None,
-    model: _Model = "pocket",
-    device: _Device = "auto",
-    dtype: _Dtype = "auto",
-    debug: _Debug = False,
+    budget: arguments.Budget = arguments.DEFAULT_BUDGET_TOKENS,
+    policy: arguments.Policy = arguments.DEFAULT_POLICY,
+    policy_option: arguments.PolicyOptions = None,
+    model: arguments.Model = "pocket",
+    device: arguments.Device = "auto",
+    dtype: arguments.Dtype = "auto",
+    debug: arguments.Debug = False,
 ) -> None:
     """Answer one question about a text; the answer goes to standard output."""
     if not question.strip():
         raise ValueError("the question is empty; ask for something that the text may say")
-    loaded = _load(file)
+    loaded = arguments.load(file)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    lm = _load_model(model, device, dtype, policy, budget, policy_option, sampling)
-    _check_positions(lm, loaded, question, max_new_tokens)
-    document = _read(lm, loaded)
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling)
+    document, loaded = arguments.take_up(lm, file, loaded, question, max_new_tokens)
     err = make_console(stderr=True)
     if as_json:
         generation = document.ask(question, **sampling)  # type: ignore[arg-type]
@@ -247,30 +227,63 @@ def ask(
 
 
 @app.command()
+def read(
+    file: arguments.File,
+    saved: Annotated[str, typer.Argument(metavar="SAVED", help="The file to write; one of that name is replaced.")],
+    budget: arguments.Budget = arguments.DEFAULT_BUDGET_TOKENS,
+    policy: arguments.Policy = arguments.DEFAULT_POLICY,
+    policy_option: arguments.PolicyOptions = None,
+    model: arguments.Model = "pocket",
+    device: arguments.Device = "auto",
+    dtype: arguments.Dtype = "auto",
+    debug: arguments.Debug = False,
+) -> None:
+    """Read a text once and save what was read, for `ask` and `chat` to open."""
+    loaded = arguments.load(file)
+    if loaded is None:
+        raise ValueError(f"{file!r} was read and saved already; give it to ask or chat")
+    check_can_save(saved)
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option)
+    document = arguments.read(lm, loaded)
+    err = make_console(stderr=True)
+    with ReadingProgress(err, "saving", "MiB", patience=2) as progress:
+        num_bytes = document.save(saved, progress=lambda done, total: progress(done >> 20, total >> 20))
+    err.print(f"saved {one_line(saved)}: {format_bytes(num_bytes)}", style="dim", soft_wrap=True)
+
+
+@app.command()
 def chat(
-    file: _File,
-    max_new_tokens: _MaxNewTokens = 256,
-    temperature: _Temperature = 0.0,
-    budget: _Budget = DEFAULT_BUDGET_TOKENS,
-    policy: _Policy = DEFAULT_POLICY,
-    policy_option: _PolicyOptions = None,
-    model: _Model = "pocket",
-    device: _Device = "auto",
-    dtype: _Dtype = "auto",
-    debug: _Debug = False,
+    file: arguments.File,
+    remember: Annotated[
+        bool, typer.Option("--remember/--forget", help="Ask each question after the ones before it, or by itself.")
+    ] = True,
+    max_new_tokens: arguments.MaxNewTokens = 256,
+    temperature: arguments.Temperature = 0.0,
+    budget: arguments.Budget = arguments.DEFAULT_BUDGET_TOKENS,
+    policy: arguments.Policy = arguments.DEFAULT_POLICY,
+    policy_option: arguments.PolicyOptions = None,
+    model: arguments.Model = "pocket",
+    device: arguments.Device = "auto",
+    dtype: arguments.Dtype = "auto",
+    debug: arguments.Debug = False,
 ) -> None:
     """Read a text once and answer question after question about it."""
     if file == STANDARD_INPUT:
         raise ValueError("chat takes its questions from standard input, so '-' cannot be the text; save it to a file")
-    loaded = _load(file)
+    loaded = arguments.load(file)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    lm = _load_model(model, device, dtype, policy, budget, policy_option, sampling)
-    _check_positions(lm, loaded, "", max_new_tokens)
-    document = _read(lm, loaded)
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling)
+    document, loaded = arguments.take_up(lm, file, loaded, "", max_new_tokens)
     err = make_console(stderr=True)
+    asked: Document | Conversation = document
+    if remember:
+        try:
+            asked = document.chat()
+        except ValueError as error:
+            err.print(f"{one_line(str(error))}; each question stands alone", style="yellow", soft_wrap=True)
+    memory = "Earlier questions and answers are remembered" if asked is not document else "Each question stands alone"
     err.print(
-        "Ask about the text. Each question stands alone: earlier ones are not remembered.\n"
-        "/sources: what the last answer was read from   /stats: what it cost   /quit",
+        f"Ask about the text. {memory}.\n/sources: what the last answer was read from   /stats: what it cost   /quit",
         style="dim",
     )
     last: Generation | None = None
@@ -288,7 +301,7 @@ def chat(
             err.print(f"unknown command {one_line(line)}; there are /sources, /stats and /quit", style="yellow")
         else:
             try:
-                last = write_answer(document.stream(line, **sampling))  # type: ignore[arg-type]
+                last = write_answer(asked.stream(line, **sampling))  # type: ignore[arg-type]
             except ValueError as error:
                 _fail(str(error), 2)
             except KeyboardInterrupt:
@@ -307,7 +320,7 @@ def policies() -> None:
     for name in available():
         cls = policy_class(name)
         text = Text(cls.describe())
-        if name == DEFAULT_POLICY:
+        if name == arguments.DEFAULT_POLICY:
             text.append(" (the default)", style="green")
         options = [field.name for field in dataclasses.fields(cls)]
         text.append(f"\noptions: {', '.join(options) or 'none'}", style="dim")
@@ -339,81 +352,8 @@ def info() -> None:
     if not torch.cuda.is_available():
         rows.append(("GPU", "none that torch can use; everything runs on the CPU"))
     rows.append(("pocket model", _pocket_text()))
-    rows.append(("defaults", f"policy {DEFAULT_POLICY}, budget {DEFAULT_BUDGET_TOKENS:,} tokens"))
+    rows.append(("defaults", f"policy {arguments.DEFAULT_POLICY}, budget {arguments.DEFAULT_BUDGET_TOKENS:,} tokens"))
     show(make_console(), key_values(rows))
-
-
-# What several commands share
-
-
-def _load(name: str) -> LoadedText:
-    err = make_console(stderr=True)
-    if name == STANDARD_INPUT and sys.stdin.isatty():
-        err.print("reading the text from the keyboard; end it with Ctrl-D", style="dim")
-    loaded = load_text(name)
-    if loaded.skipped:
-        shown = ", ".join(one_line(each) for each in loaded.skipped[:3])
-        more = f" and {len(loaded.skipped) - 3:,} more" if len(loaded.skipped) > 3 else ""
-        err.print(f"skipped {plural(len(loaded.skipped), 'file')} not readable as text: {shown}{more}", style="yellow")
-    return loaded
-
-
-def _load_model(
-    model: str,
-    device: str,
-    dtype: str,
-    policy: str,
-    budget: int,
-    policy_options: list[str] | None,
-    sampling: dict[str, Any] | None = None,
-) -> LongContextLM:
-    from transformers.utils import logging as transformers_logging
-
-    from sentencekv.sampling import SamplingOptions
-
-    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
-        transformers_logging.disable_progress_bar()
-    SamplingOptions(**(sampling or {}))  # a bad value must not wait until the text was read
-    options = dict(map(_parse_option, policy_options or []))
-    from sentencekv.lm import LongContextLM
-
-    err = make_console(stderr=True)
-    with err.status(f"loading {one_line(model)}"):
-        return LongContextLM.from_pretrained(
-            model, device=device, dtype=dtype, policy=policy, policy_options=options, budget_tokens=budget
-        )
-
-
-def _parse_option(given: str) -> tuple[str, Any]:
-    name, equals, value = given.partition("=")
-    if not equals or not name:
-        raise ValueError(f"--policy-option must be NAME=VALUE, got {given!r}; for example --policy-option group=mean")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def _check_positions(lm: LongContextLM, loaded: LoadedText, question: str, max_new_tokens: int) -> None:
-    """Refuse before the text is read what the model could not answer afterwards."""
-    if lm.max_positions is None:
-        return
-    num_tokens, more = (len(lm.tokenizer(text, verbose=False)["input_ids"]) for text in (loaded.text, question))
-    needed = num_tokens + more + max_new_tokens
-    if needed > lm.max_positions:
-        raise ValueError(
-            f"{loaded.name!r} has {num_tokens:,} tokens, question and answer may take {more + max_new_tokens:,} more, "
-            f"and the model has positions for {lm.max_positions:,}; shorten the text, lower --max-new-tokens, or take "
-            "a model with more positions"
-        )
-
-
-def _read(lm: LongContextLM, loaded: LoadedText) -> Document:
-    err = make_console(stderr=True)
-    with ReadingProgress(err) as progress:
-        document = lm.read(loaded.text, progress=progress)
-    err.print(f"read {loaded.name}: {progress.report()}\n", style="dim", soft_wrap=True)
-    return document
 
 
 def _as_json(

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sentencekv.files import cannot_save, check_can_save
 from sentencekv.units import format_bytes
 
 _PARTIAL = ".partial"
@@ -91,12 +92,7 @@ def write_file(
 
     Returns its bytes. Raises OSError if it cannot be written, in one sentence; what was there before then still is.
     """
-    target = Path(path).expanduser()
-    if target.is_dir():
-        raise _cannot_save(path, errno.EISDIR, "it is a directory; name a file in it")
-    if not target.parent.is_dir():
-        raise _cannot_save(path, errno.ENOENT, f"there is no directory {str(target.parent)!r}; create it first")
-    target = target.resolve()  # through a link, to what it names
+    target = check_can_save(path)
     checksums = dict.fromkeys(tensors, 0)
     total = sum(pieces.num_bytes for pieces in tensors.values())
     size = total + len(_header(description, tensors, checksums))
@@ -104,7 +100,7 @@ def write_file(
     free = shutil.disk_usage(target.parent).free
     if size > free:
         needs = f"{format_bytes(size)} are needed and {format_bytes(free)} are free"
-        raise _cannot_save(path, errno.ENOSPC, needs)
+        raise cannot_save(path, errno.ENOSPC, needs)
     try:
         with _partial(target) as file:
             first = offset = file.write(_header(description, tensors, checksums), 0)
@@ -122,15 +118,8 @@ def write_file(
             os.replace(file.name, target)
             _sync_directory(target.parent)
     except OSError as error:
-        raise _cannot_save(path, error.errno, error.strerror or str(error)) from error
+        raise cannot_save(path, error.errno, error.strerror or str(error)) from error
     return size
-
-
-def _cannot_save(path: str | os.PathLike[str], number: int | None, reason: str) -> OSError:
-    """The subclass that goes with the number, which the message leaves out."""
-    error = type(OSError(number, reason))(f"cannot save to {str(path)!r}: {reason}")
-    error.errno = number
-    return error
 
 
 def _header(description: Mapping[str, Any], tensors: Mapping[str, Pieces], checksums: Mapping[str, int]) -> bytes:

@@ -1,4 +1,4 @@
-"""From what a user names to one text: a file, standard input, or a directory read file by file.
+"""What a user names: a file, standard input or a directory as one text, and a file to save to.
 
 Knows files and encodings; nothing of tokens, models or terminals.
 """
@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 STANDARD_INPUT = "-"
+
+SAVED_HEADER = b'{"__metadata__": {"sentencekv": '
+"""How the header of a saved document begins, after its length in 8 bytes."""
 
 _SNIFFED_BYTES = 8192
 
@@ -46,6 +50,38 @@ class LoadedText:
         part = self.parts[max(bisect.bisect_right([part.start for part in self.parts], char) - 1, 0)]
         line = self.text.count("\n", part.start, max(char, part.start)) + 1
         return (part.name if len(self.parts) > 1 else None), line
+
+
+def is_saved_document(name: str) -> bool:
+    """Whether this is a file that `Document.save` wrote, by its first bytes."""
+    path = Path(name).expanduser()
+    if name == STANDARD_INPUT or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(64)[8:].startswith(SAVED_HEADER)
+    except OSError:
+        return False
+
+
+def check_can_save(name: str | os.PathLike[str]) -> Path:
+    """Where a file of that name would be, links followed. Raises OSError, in one sentence, if it cannot be written."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise cannot_save(name, errno.EISDIR, "it is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise cannot_save(name, errno.ENOENT, f"there is no directory {str(path.parent)!r}; create it first")
+    target = path.resolve()
+    if not os.access(target.parent, os.W_OK):
+        raise cannot_save(name, errno.EACCES, f"nothing may be written to {str(target.parent)!r}")
+    return target
+
+
+def cannot_save(name: str | os.PathLike[str], number: int | None, reason: str) -> OSError:
+    """The subclass of OSError that goes with the number, which its message leaves out."""
+    error = type(OSError(number, reason))(f"cannot save to {str(name)!r}: {reason}")
+    error.errno = number
+    return error
 
 
 def load_text(name: str) -> LoadedText:

@@ -76,18 +76,27 @@ def format_reach(stats: Stats, config: Config) -> str:
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, noun: str) -> None:
+        super().__init__()
+        self._noun = noun
+
     def render(self, task: Task) -> Text:
-        return Text("" if not task.speed else f"{task.speed:,.0f} tokens/s", style="dim")
+        return Text("" if not task.speed else f"{task.speed:,.0f} {self._noun}/s", style="dim")
 
 
 class ReadingProgress:
     """Progress while a text is read: a bar on a terminal, else a line for every tenth.
 
     Call it with tokens read and tokens in all; afterwards `num_tokens` and `seconds` say what the reading came to.
+
+    Args:
+        doing, noun: of other work, what it is and what it counts in place of tokens.
+        patience: seconds that pass before the first line.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, doing: str = "reading", noun: str = "tokens", patience: float = 0.0) -> None:
         self._console = console
+        self._doing, self._noun, self._patience = doing, noun, patience
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._tenths = 0
@@ -99,11 +108,11 @@ class ReadingProgress:
         self._started_at = time.perf_counter()
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
-                TextColumn("reading"),
+                TextColumn(self._doing),
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.completed:,}/{task.total:,} tokens"),
-                _Rate(),
+                TextColumn("{task.completed:,}/{task.total:,} " + self._noun),
+                _Rate(self._noun),
                 TimeElapsedColumn(),
                 console=self._console,
                 transient=True,
@@ -123,15 +132,16 @@ class ReadingProgress:
         self.seconds = time.perf_counter() - self._started_at
         if self._bar is not None:
             if self._task is None:
-                self._task = self._bar.add_task("reading", total=total)
+                self._task = self._bar.add_task(self._doing, total=total)
             self._bar.update(self._task, completed=done)
-        elif (tenths := 10 * done // total) > self._tenths:
+        elif (tenths := 10 * done // max(total, 1)) > self._tenths and self.seconds >= self._patience:
             self._tenths = tenths
-            self._console.print(f"reading: {10 * tenths}% ({done:,} of {total:,} tokens, {self._rate})", style="dim")
+            share = f"{done:,} of {total:,} {self._noun}"
+            self._console.print(f"{self._doing}: {10 * tenths}% ({share}, {self._rate})", style="dim")
 
     @property
     def _rate(self) -> str:
-        return f"{self.num_tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        return f"{self.num_tokens / max(self.seconds, 1e-9):,.0f} {self._noun}/s"
 
     def report(self) -> str:
         """What the reading came to, in one phrase."""
@@ -203,6 +213,8 @@ def sources_list(generation: Generation, loaded: LoadedText) -> RenderableType:
         return Text("no sentence was fetched: what is always read was enough", style="dim")
 
     def place(source: Source) -> str:
+        if source.start >= len(loaded.text):
+            return "said before"
         name, line = loaded.place(source.start)
         if name is not None:
             return f"{one_line(name)}:{line}"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sentencekv import Config, __version__, cli, pocket, policies
+from sentencekv import Config, __version__, arguments, cli, pocket, policies
 from sentencekv.prose import generate_prose
 from tests.conftest import make_model
 
@@ -176,6 +176,62 @@ class TestChat:
     def test_not_from_standard_input(self, fails: Callable[..., str]) -> None:
         assert "save it to a file" in fails(2, "chat", "-")
 
+    def test_questions_are_remembered(self, run: Run, model: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The second answer depends on the first question, unless told otherwise."""
+        options = ("--model", model, "--max-new-tokens", 6, "--budget", 128)
+        answers = {}
+        for option in ("--remember", "--forget"):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Who came?\nWho came?\n/sources\n"))
+            status, out, err = run("chat", text, *options, option)
+            assert status == 0
+            answers[option] = out.splitlines()
+            assert ("are remembered" in err) == (option == "--remember")
+        first, second = answers["--forget"]
+        assert first == second == answers["--remember"][0] != answers["--remember"][1]
+
+
+class TestRead:
+    def test_saves_what_ask_and_chat_open(
+        self,
+        run: Run,
+        fails: Callable[..., str],
+        model: str,
+        text: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        options = ("--model", model, "--budget", 128)
+        saved = tmp_path / "book.skv"
+        status, out, err = run("read", text, saved, *options)
+        assert (status, out) == (0, "")
+        assert re.search(r"^saved .*book\.skv: \d+\.\d [KM]iB$", err, re.MULTILINE)
+        ask = ("Who came?", *options, "--max-new-tokens", 8, "--json")
+        ours, theirs = json.loads(run("ask", saved, *ask)[1]), json.loads(run("ask", text, *ask)[1])
+        assert ours["answer"] == theirs["answer"]
+        for mine, other in zip(ours["sources"], theirs["sources"], strict=True):
+            assert (mine["text"], mine["line"], mine["share"]) == (other["text"], other["line"], other["share"])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Who came?\n/sources\n"))
+        status, out, err = run("chat", saved, *options, "--max-new-tokens", 8)
+        assert status == 0
+        assert "opened" in err
+        assert "reading:" not in err
+        assert "read and saved already" in fails(2, "read", saved, tmp_path / "again", *options)
+        assert "is a saved document" in fails(2, "demo", "--text", saved, *options)
+        assert "was read under policy='codes'" in fails(2, "ask", saved, "Who?", *options, "--policy", "box")
+        content = bytearray(saved.read_bytes())
+        content[-9] ^= 1
+        saved.write_bytes(content)
+        assert "does not match its checksum" in fails(2, "ask", saved, "Who?", *options)
+        saved.write_bytes(content[:-9])
+        assert "was the copy cut off" in fails(2, "ask", saved, "Who?", *options)
+
+    def test_what_cannot_be_written_is_known_at_once(
+        self, fails: Callable[..., str], text: Path, tmp_path: Path
+    ) -> None:
+        """Before the model is loaded: there is none of that name."""
+        assert "it is a directory" in fails(1, "read", text, tmp_path, "--model", "nowhere")
+        assert "create it first" in fails(2, "read", text, tmp_path / "no" / "a", "--model", "nowhere")
+
 
 class TestDemo:
     def test_wrong_answers(self, run: Run, model: str) -> None:
@@ -243,8 +299,8 @@ class TestPlain:
             assert expected in out
 
     def test_help_tells_the_engine_s_defaults(self) -> None:
-        assert Config().budget_tokens == cli.DEFAULT_BUDGET_TOKENS
-        assert Config().policy == cli.DEFAULT_POLICY
+        assert Config().budget_tokens == arguments.DEFAULT_BUDGET_TOKENS
+        assert Config().policy == arguments.DEFAULT_POLICY
 
 
 class TestBadInput:

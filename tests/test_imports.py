@@ -43,8 +43,9 @@ LEVEL = {
     "__init__": 14,
     "demo": 15,
     "terminal": 16,
-    "cli": 17,
-    "__main__": 18,
+    "arguments": 17,
+    "cli": 18,
+    "__main__": 19,
 }
 OUTSIDE = {"eval", "benchmarks", "training", "tests"}
 
