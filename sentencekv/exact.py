@@ -1,18 +1,24 @@
 """Exact causal attention of new tokens over all earlier ones: what reading a context and the `full` policy use.
 
 Knows tensors only. `exact_attention` picks the fastest kernel that torch has for the case; `exact_attention_ref` is
-its slow twin.
+its slow twin. `attention_in_parts` is the same where earlier tokens come part by part, and need not be there at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from triton_ops import merge_attention
+
 _QUERY_BLOCK = 1024
 """Rows of an explicit mask or logit block: bounds the temporary memory, and skips the keys that no row may see."""
+_LOGITS_AT_ONCE = 1 << 26
+"""Numbers of an explicit logit block of `partial_attention_ref`."""
 
 
 def visible(num_new: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
@@ -99,3 +105,64 @@ def exact_attention(
             q[None], block[None, :, :, 0], block[None, :, :, 1], mask, scale=scale, enable_gqa=not q.is_cuda
         )[0]
     return output
+
+
+def attention_in_parts(
+    q_ALH: Tensor, new_NLH: Tensor, earlier: Iterable[Tensor], *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """As `exact_attention` with `kv_NTH` being the earlier tokens and then the new ones: `[A, L, H]`.
+
+    Args:
+        new_NLH: `[N, L, 2, H]`, of the L tokens themselves.
+        earlier: `[N, any, 2, H]`, of tokens before them, in any order and any number of parts; each is used up before
+            the next is asked for.
+    """
+    output, log = partial_attention(q_ALH, new_NLH, scale=scale, softcap=softcap, causal=True)
+    total, log_AL = output.float().contiguous(), log.contiguous()
+    for kv_NTH in earlier:
+        merge_attention(total, log_AL, *partial_attention(q_ALH, kv_NTH, scale=scale, softcap=softcap, causal=False))
+    return total.to(q_ALH.dtype)
+
+
+def partial_attention_ref(
+    q_ALH: Tensor, kv_NTH: Tensor, *, scale: float, softcap: float | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`partial_attention` with explicit weights, some rows at a time."""
+    num_heads, num_new, _ = q_ALH.shape
+    num_keys = kv_NTH.shape[1]
+    key, value = (kv_NTH[:, :, i].repeat_interleave(num_heads // kv_NTH.shape[0], dim=0) for i in (0, 1))
+    output, log = torch.empty_like(q_ALH), torch.empty((num_heads, num_new), device=q_ALH.device)
+    rows = max(_LOGITS_AT_ONCE // (num_heads * max(num_keys, 1)), 16)
+    for start in range(0, num_new, rows):
+        stop = min(start + rows, num_new)
+        logit = torch.matmul(q_ALH[:, start:stop], key.transpose(1, 2)).float() * scale
+        if softcap is not None:
+            logit = softcap * torch.tanh(logit / softcap)
+        if causal:
+            logit.masked_fill_(~visible(num_new, num_keys, None, q_ALH.device)[start:stop], -torch.inf)
+        log[:, start:stop] = logit.logsumexp(dim=-1)
+        weight = torch.softmax(logit, dim=-1).to(value.dtype)
+        output[:, start:stop] = torch.matmul(weight, value)
+    return output, log
+
+
+def partial_attention(
+    q_ALH: Tensor, kv_NTH: Tensor, *, scale: float, softcap: float | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys, `[A, L, H]`, and the log of the sum of its exponents, float32 `[A, L]`.
+
+    Args:
+        causal: there are as many keys as queries, and each query sees those up to its own; else all see all.
+    """
+    head_dim = q_ALH.shape[2]
+    if softcap is not None or (q_ALH.is_cuda and (q_ALH.dtype == torch.float32 or head_dim > 256 or head_dim % 8)):
+        return partial_attention_ref(q_ALH, kv_NTH, scale=scale, softcap=softcap, causal=causal)
+    q, key, value = q_ALH[None], kv_NTH[None, :, :, 0], kv_NTH[None, :, :, 1]
+    # What scaled_dot_product_attention takes as well; called by name, since it keeps the sums to itself.
+    if q.is_cuda:
+        output, log = torch.ops.aten._scaled_dot_product_flash_attention(q, key, value, 0.0, causal, scale=scale)[:2]
+    else:
+        output, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, key, value, 0.0, causal, scale=scale
+        )
+    return output[0], log[0]

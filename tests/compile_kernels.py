@@ -25,6 +25,7 @@ from triton_ops.encode_keys import encode_keys_triton
 from triton_ops.gated_linear import gated_linear_triton
 from triton_ops.gather_kv import gather_kv_triton
 from triton_ops.linear import linear_triton
+from triton_ops.merge_attention import merge_attention_triton
 from triton_ops.offload_kv import offload_kv_triton
 from triton_ops.resolve_hot_set import resolve_hot_set_triton
 from triton_ops.rms_norm import rms_norm_triton
@@ -134,6 +135,12 @@ def gather_kv(shape: Shape) -> None:
     gather_kv_triton(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, 0)
 
 
+def merge_attention(shape: Shape) -> None:
+    total = torch.zeros(shape.heads * shape.group, 100, shape.dim)
+    part = torch.zeros(1, 100, shape.heads * shape.group, shape.dim, dtype=shape.dtype).transpose(1, 2)[0]
+    merge_attention_triton(total, total[:, :, 0].contiguous(), part, total[:, :, 0].contiguous())
+
+
 def offload_kv(shape: Shape) -> None:
     kv = torch.zeros(2, shape.heads, 64, 2, shape.dim, dtype=shape.dtype)
     offload_kv_triton(kv, [], torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int32), 32)
@@ -199,6 +206,7 @@ OPS: dict[str, Callable[[Shape], None]] = {
         select_sentences,
         resolve_hot_set,
         gather_kv,
+        merge_attention,
         offload_kv,
         summarize,
         encode_keys,

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from sentencekv import exact
-from sentencekv.exact import exact_attention, exact_attention_ref
+from sentencekv.exact import (
+    attention_in_parts,
+    exact_attention,
+    exact_attention_ref,
+    partial_attention,
+    partial_attention_ref,
+)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -39,4 +45,61 @@ def test_half_precision_on_a_gpu(dtype: torch.dtype, head_dim: int) -> None:
     truth = exact_attention_ref(q, kv, scale=head_dim**-0.5)
     fast = exact_attention(q.to(dtype), kv.to(dtype), scale=head_dim**-0.5).float()
     slow = exact_attention_ref(q.to(dtype), kv.to(dtype), scale=head_dim**-0.5).float()
+    assert (fast - truth).norm() <= 2 * (slow - truth).norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("num_new", "num_keys"), [(1, 1), (37, 37), (13, 50), (50, 13)])
+def test_partial_attention(
+    num_new: int,
+    num_keys: int,
+    causal: bool,
+    softcap: float | None,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if causal and num_new != num_keys:
+        return
+    monkeypatch.setattr(exact, "_LOGITS_AT_ONCE", 6 * num_keys * 16)
+    torch.manual_seed(0)
+    q = torch.randn(6, num_new, 16, device=device)
+    whole = torch.randn(2, num_keys + 9, 2, 16, device=device)
+    kv = whole[:, 4 : 4 + num_keys]  # a slice, as of a slab
+    options = {"scale": 0.3, "softcap": softcap, "causal": causal}
+    for got, want in zip(partial_attention(q, kv, **options), partial_attention_ref(q, kv, **options), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+    if causal:
+        truth = exact_attention_ref(q, kv, scale=0.3, softcap=softcap)
+        torch.testing.assert_close(partial_attention_ref(q, kv, **options)[0], truth, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("cuts", [[], [5], [1, 2, 30], [17, 0, 20]])
+def test_parts_equal_the_whole(cuts: list[int], softcap: float | None, device: torch.device) -> None:
+    """Whatever the parts and their order."""
+    torch.manual_seed(1)
+    num_new = 11
+    kv = torch.randn(2, sum(cuts) + num_new, 2, 16, device=device)
+    q = torch.randn(6, num_new, 16, device=device)
+    earlier = list(kv[:, : sum(cuts)].split([cut for cut in cuts if cut], dim=1)) if cuts else []
+    got = attention_in_parts(q, kv[:, sum(cuts) :], reversed(earlier), scale=0.3, softcap=softcap)
+    want = exact_attention_ref(q, kv, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 96, 128, 256])
+def test_parts_in_half_precision_on_a_gpu(dtype: torch.dtype, head_dim: int) -> None:
+    """As `test_half_precision_on_a_gpu`; parts are slices of a slab, strided."""
+    torch.manual_seed(0)
+    q = torch.randn(8, 300, head_dim, device="cuda")
+    kv = torch.randn(2, 1700, 2, head_dim, device="cuda")
+    scale = head_dim**-0.5
+    truth = exact_attention_ref(q, kv, scale=scale)
+    parts = kv.to(dtype)[:, :1400].split(500, dim=1)
+    fast = attention_in_parts(q.to(dtype), kv.to(dtype)[:, 1400:], parts, scale=scale).float()
+    slow = exact_attention_ref(q.to(dtype), kv.to(dtype), scale=scale).float()
     assert (fast - truth).norm() <= 2 * (slow - truth).norm()

@@ -7,13 +7,14 @@ dimension, `S` sentences, `K` selected sentences (padded with -1), `C` hot-set s
 (`max_sentence_tokens`), `R` rows of resident tokens, `D` layers that retrieve.
 
 The order within one layer of one step: `score_sentences` or `score_codes`, `select_sentences`, `resolve_hot_set`,
-`gather_kv`, `sparse_decode`. `summarize`, `encode_keys` and `offload_kv` run when sentences are closed. `lanes` says
-where kernels find what belongs to a sequence.
+`gather_kv`, `sparse_decode`. `summarize`, `encode_keys` and `offload_kv` run when sentences are closed,
+`merge_attention` while a text is read. `lanes` says where kernels find what belongs to a sequence.
 """
 
 from triton_ops.encode_keys import encode_keys
 from triton_ops.gather_kv import gather_kv
 from triton_ops.lanes import Lane, Lanes, Part
+from triton_ops.merge_attention import merge_attention
 from triton_ops.offload_kv import offload_kv
 from triton_ops.resolve_hot_set import Resolved, resolve_hot_set
 from triton_ops.score_codes import score_codes
@@ -30,6 +31,7 @@ __all__ = [
     "Scores",
     "encode_keys",
     "gather_kv",
+    "merge_attention",
     "offload_kv",
     "resolve_hot_set",
     "score_codes",
