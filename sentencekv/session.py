@@ -15,16 +15,21 @@ exact one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sentencekv.config import Config
-from sentencekv.exact import exact_attention
+from sentencekv.exact import attention_in_parts, exact_attention
 from sentencekv.lane import SessionLane
 from sentencekv.policies import Policy
 from sentencekv.store import Extent, HostMemory, Places, Run
+from sentencekv.streaming import Stream
+
+ASSEMBLED_TOKENS = {"cuda": 8192, "cpu": 0}
+"""Closed tokens up to which an exact pass brings a layer's KV together; more come in blocks (`streaming.py`)."""
 
 
 class Traffic:
@@ -119,6 +124,7 @@ class Session:
         self._lane: SessionLane | None = None
         self._share_S = torch.zeros(0, device=device)
         self._pass: _Pass | None = None
+        self._stream: Stream | None = None
         self._dense_bytes_per_token: dict[int, int] = {}
 
     # What the driver calls
@@ -165,7 +171,7 @@ class Session:
     def end(self) -> None:
         """Finish the pass: its tokens are part of the context, its closed sentences can be selected."""
         assert self._pass is not None
-        done, self._pass = self._pass, None
+        done, self._pass, self._stream = self._pass, None, None
         self.num_tokens += done.num_new
         self.traffic.steps += not done.exact
         closing = done.closing
@@ -315,9 +321,18 @@ class Session:
             return self._attend_local(layer, q_ALH, new_NLH, scale, sliding_window, softcap)
         if layer not in self._recent:
             self._sink[layer] = self._recent[layer] = _no_tokens(new_NLH)
-        output = exact_attention(q_ALH, self._everything(layer, new_NLH), scale=scale, softcap=softcap)
+        output = self._attend_to_all(layer, q_ALH, new_NLH, scale, softcap)
         self._append(layer, new_NLH)
         return output
+
+    def _attend_to_all(self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, softcap: float | None) -> Tensor:
+        if self._places.num_tokens <= ASSEMBLED_TOKENS[self.device.type]:
+            return exact_attention(q_ALH, self._everything(layer, new_NLH), scale=scale, softcap=softcap)
+        if self._stream is None:
+            self._stream = Stream(self._places, sorted(self._recent), self.device)
+        first = torch.cat([self._sink[layer], self._recent[layer]], dim=1)
+        earlier = itertools.chain([first], self._stream.blocks(layer))
+        return attention_in_parts(q_ALH, new_NLH, earlier, scale=scale, softcap=softcap)
 
     def _everything(self, layer: int, new_NLH: Tensor) -> Tensor:
         """KV of all tokens of a layer in order, on the device: sink, closed sentences, recent, new."""

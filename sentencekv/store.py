@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sentencekv.units import format_bytes
 
-_LARGE_SLAB_TOKENS = 4096
+_LARGE_SLAB_TOKENS = 16384
 _SMALL_SLAB_TOKENS = 256
 _TABLE_ROOM = 64
 """Rows that a growing summary table makes room for at once, or a 64th of it: were it doubled, the first sentence that a
@@ -45,12 +45,11 @@ def host_tokens(context_tokens: int, more_tokens: int, longest: int) -> int:
 
     A slab may end with rows too few for the next sentence, of up to `longest` tokens; its last rows then stay empty.
     """
-    rows = 0
-    if context_tokens:
-        usable = max(_LARGE_SLAB_TOKENS - longest + 1, 1)
-        num_slabs = -(-context_tokens // usable)
-        rest = context_tokens - (num_slabs - 1) * usable
-        rows += (num_slabs - 1) * _LARGE_SLAB_TOKENS + _slab_tokens(rest, longest)
+    rows, rest = 0, context_tokens
+    while rest > 0:
+        slab = _slab_tokens(rest, longest)
+        rows += slab
+        rest -= max(slab - longest + 1, 1)
     if more_tokens:
         slab = _slab_tokens(0, longest)
         rows += -(-more_tokens // max(slab - longest + 1, 1)) * slab
@@ -274,10 +273,10 @@ class Extent:
         if self._copy_stream is not None:
             self._copy_stream.synchronize()
 
-    def order_after_writes(self) -> None:
-        """Make what the device does next wait for the writes so far; does not block the host."""
+    def order_after_writes(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Make what a stream of the device (None: the current one) does next wait for the writes so far."""
         if self._copy_stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
+            (stream or torch.cuda.current_stream(self.device)).wait_stream(self._copy_stream)
 
     def add_summaries(self, layer: int, tables: Sequence[Tensor]) -> None:
         """Append to a layer's tables the summaries of the sentences placed last."""
@@ -349,6 +348,10 @@ class Places:
     def num_sentences(self) -> int:
         return self.length_of.numel()
 
+    def filled(self) -> list[tuple[Slab, int]]:
+        """The slabs in order, and how many of their rows are filled."""
+        return list(zip(self.slabs, self._used_tokens, strict=True))
+
     def slab_addresses(self, layers: Sequence[int]) -> Tensor:
         """int64 `[D, number of slabs, 2]` on the device: address and capacity of each slab, for each of D layers."""
         rows = [[[slab.kv(layer).data_ptr(), slab.capacity_tokens] for slab in self.slabs] for layer in layers]
@@ -359,7 +362,7 @@ class Places:
         for extent in self.extents:
             extent.order_after_writes()
         start = 0
-        for slab, used_tokens in zip(self.slabs, self._used_tokens, strict=True):
+        for slab, used_tokens in self.filled():
             kv = slab.kv(layer)
             stop = start + used_tokens
             if self._device.type == "cpu":
@@ -372,6 +375,11 @@ class Places:
 
 
 def _slab_tokens(expected_tokens: int, at_least: int) -> int:
-    """A power of two, since pinned allocations are rounded up to one; small for tails, large for documents."""
-    wanted = min(max(expected_tokens, at_least, _SMALL_SLAB_TOKENS), max(_LARGE_SLAB_TOKENS, at_least))
-    return 1 << (wanted - 1).bit_length()
+    """The largest power of two that is filled, since pinned allocations are rounded up to one; small for tails."""
+    smallest = _power_of_two(max(at_least, _SMALL_SLAB_TOKENS))
+    wanted = min(expected_tokens, _LARGE_SLAB_TOKENS)
+    return max(_power_of_two(wanted + 1) // 2, smallest)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << max(at_least - 1, 0).bit_length()

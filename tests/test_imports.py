@@ -25,6 +25,7 @@ LEVEL = {
     "disk": 1,
     "store": 2,
     "lane": 3,
+    "streaming": 3,
     "session": 4,
     "saved": 5,
     "batch": 5,

@@ -286,7 +286,7 @@ def test_bad_settings(lm: LongContextLM, tokenizer: PreTrainedTokenizerFast, tmp
 def test_host_memory_is_checked_before_reading(lm: LongContextLM, prose: str) -> None:
     small = lm.with_config(host_memory_bytes=10_000)
     calls: list[int] = []
-    with pytest.raises(MemoryError, match=r"needs \d+\.\d+ MiB .*\(host_memory_bytes"):
+    with pytest.raises(MemoryError, match=r"needs \d+\.\d+ KiB .*\(host_memory_bytes"):
         small.read(prose[:3000], progress=lambda done, total: calls.append(done))
     assert not calls
 

@@ -6,7 +6,8 @@ import gc
 import pytest
 import torch
 
-from sentencekv import policies
+from sentencekv import policies, store, streaming
+from sentencekv import session as session_module
 from sentencekv.batch import LaneBatch
 from sentencekv.policies import Policy
 from sentencekv.session import Session
@@ -30,8 +31,16 @@ from tests.sequences import (
 SELECTING = [name for name in policies.available() if policies.policy_class(name).reads == "selected"]
 
 
+@pytest.mark.parametrize("assembled", [0, 1000])
 @pytest.mark.parametrize("chunk", [1, 3, 11, 64, 300])
-def test_reading_is_exact_for_any_chunk(chunk: int, device: torch.device) -> None:
+def test_reading_is_exact_for_any_chunk(
+    chunk: int, assembled: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a layer's KV comes in blocks or is brought together."""
+    monkeypatch.setitem(session_module.ASSEMBLED_TOKENS, device.type, assembled)
+    monkeypatch.setattr(streaming, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", 64)
+    monkeypatch.setattr(store, "_SMALL_SLAB_TOKENS", 32)
     tokens = Tokens.random(300, device)
     session = new_session(device)
     session.expect(sentence_ends(300))

@@ -1,0 +1,114 @@
+"""Closed KV on its way to the device: while attention uses one block, the next is copied.
+
+A GPU gets blocks of bounded size through two buffers, by a stream of its own. On a machine without one, blocks are the
+slabs themselves, and nothing is copied. Knows where closed sentences are; nothing of attention, sessions or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sentencekv.store import Places, Slab
+
+BLOCK_TOKENS = 16384
+"""Tokens of a block on a GPU: enough that attention to it outlasts the copy of the next one and that merging its result
+costs little; two of them take 134 MB with 8 KV heads of 128 dimensions in 16 bits."""
+
+Group = list[tuple[Slab, int]]
+
+
+class Stream:
+    """All closed tokens of a session, for the layers of one pass, as of its beginning."""
+
+    def __init__(self, places: Places, layers: Sequence[int], device: torch.device) -> None:
+        """
+        Args:
+            layers: those that will be asked for, in that order; only the order of copies depends on it.
+        """
+        self._places = places
+        self._buffers = _Buffers(places, layers, device) if device.type == "cuda" else None
+
+    def blocks(self, layer: int) -> Iterator[Tensor]:
+        """Closed tokens of one layer, `[N, any, 2, H]` each, in order; each is valid until the next is asked for."""
+        if self._buffers is not None:
+            yield from self._buffers.blocks(layer)
+            return
+        for slab, used_tokens in self._places.filled():
+            yield slab.kv(layer)[:, :used_tokens]
+
+
+class _Buffers:
+    """Two buffers that are filled in turns. Copies run ahead by one block, into the next layer's as well."""
+
+    def __init__(self, places: Places, layers: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        self._groups = _grouped(places.filled(), BLOCK_TOKENS)
+        self._order = [(layer, group) for layer in layers for group in range(len(self._groups))]
+        self._next_copied = 0
+        """Of `_order`, the first entry that is not on its way."""
+        self._stream = torch.cuda.Stream(device)
+        self._tensors: list[Tensor] = []
+        self._filled = [torch.cuda.Event(), torch.cuda.Event()]
+        self._used = [torch.cuda.Event(), torch.cuda.Event()]
+        for extent in places.extents:
+            extent.order_after_writes(self._stream)
+
+    def blocks(self, layer: int) -> Iterator[Tensor]:
+        if not self._groups:
+            return
+        first = self._order.index((layer, 0))
+        if not first <= self._next_copied <= first + 2:
+            self._next_copied = first  # not the layer that was expected
+        compute = torch.cuda.current_stream(self._device)
+        for entry in range(first, first + len(self._groups)):
+            self._copy_up_to(entry + 1)
+            compute.wait_event(self._filled[entry % 2])
+            num_tokens = sum(used for _, used in self._groups[entry - first])
+            yield self._tensors[entry % 2][:, :num_tokens]
+            self._used[entry % 2].record(compute)
+
+    def _copy_up_to(self, last: int) -> None:
+        while self._next_copied <= min(last, len(self._order) - 1):
+            entry = self._next_copied
+            layer, group = self._order[entry]
+            slabs = self._groups[group]
+            some = slabs[0][0].kv(layer)
+            if not self._tensors:
+                self._allocate(some)
+            buffer = self._tensors[entry % 2]
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(self._used[entry % 2])
+                start = 0
+                for slab, used in slabs:
+                    kv = slab.kv(layer)
+                    # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
+                    for head in range(kv.shape[0]):
+                        buffer[head, start : start + used].copy_(kv[head, :used], non_blocking=True)
+                    start += used
+                self._filled[entry % 2].record(self._stream)
+            self._next_copied += 1
+
+    def _allocate(self, like: Tensor) -> None:
+        num_tokens = max(sum(used for _, used in group) for group in self._groups)
+        shape = (like.shape[0], num_tokens, *like.shape[2:])
+        self._tensors = [torch.empty(shape, dtype=like.dtype, device=self._device) for _ in range(2)]
+        compute = torch.cuda.current_stream(self._device)
+        for tensor, used in zip(self._tensors, self._used, strict=True):
+            tensor.record_stream(self._stream)
+            used.record(compute)  # the memory may have been another tensor's a moment ago
+
+
+def _grouped(filled: Sequence[tuple[Slab, int]], block_tokens: int) -> list[Group]:
+    """Slabs that follow one another, in groups of at most so many tokens; a larger slab is a group of its own."""
+    groups: list[Group] = []
+    room = 0
+    for slab, used in filled:
+        if not groups or used > room:
+            groups.append([])
+            room = block_tokens
+        groups[-1].append((slab, used))
+        room -= used
+    return groups
