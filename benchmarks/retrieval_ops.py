@@ -15,7 +15,7 @@ from sentencekv.batch import LaneBatch
 from sentencekv.config import Config
 from sentencekv.policies import load
 from sentencekv.session import Session
-from sentencekv.store import Extent, HostMemory, Places
+from sentencekv.store import Extent, HostMemory, Layout, Places
 from triton_ops.gather_kv import gather_kv, gather_kv_ref
 from triton_ops.lanes import STEP, Lanes
 from triton_ops.offload_kv import offload_kv
@@ -305,10 +305,10 @@ class RetrievalOps:
         extent = Extent(self._memory, device)
         runs = extent.place(0, lengths, 20 * num_sentences)
         for layer in range(self._depth):
-            extent.allocate(layer, runs, context.num_kv_heads, context.head_dim, context.model.dtype)
+            extent.allocate(layer, runs, Layout(context.num_kv_heads, context.head_dim, context.model.dtype))
         places = Places([extent], device)
         layers = range(self._depth)
-        slabs_of = [[slab.kv(layer) for slab in places.slabs] for layer in layers]
+        slabs_of = [[slab.rows(layer) for slab in places.slabs] for layer in layers]
         slab_of_D = places.slab_addresses(layers)
         shape = (self._depth, context.num_kv_heads, 20 * num_sentences, 2, context.head_dim)
         kv_DNTH = torch.randn(shape, device=device, dtype=context.model.dtype)
@@ -319,7 +319,9 @@ class RetrievalOps:
         def check() -> float:
             launch()
             want = kv_DNTH.cpu()  # waits for the launch
-            rows = [torch.cat([slab.kv(layer)[:, :used] for slab, used in places.filled()], dim=1) for layer in layers]
+            rows = [
+                torch.cat([slab.rows(layer)[:, :used] for slab, used in places.filled()], dim=1) for layer in layers
+            ]
             return sum(float((got != kv).sum()) for got, kv in zip(rows, want, strict=True))
 
         return Op(

@@ -277,9 +277,9 @@ def twin(session: Session, policy: Policy | None = None) -> Session:
             if policy is None:
                 tables = extent.summaries(layer)
             else:
-                some = extent.slabs[0].kv(layer)
-                shape = (some.shape[0], places.num_tokens, *some.shape[2:])
-                kv_NTH = torch.empty(shape, dtype=some.dtype, device=extent.device)
+                layout = extent.slabs[0].layout(layer)
+                shape = (layout.num_heads, places.num_tokens, 2, layout.head_dim)
+                kv_NTH = torch.empty(shape, dtype=layout.dtype, device=extent.device)
                 places.read(layer, kv_NTH)
                 tables = tuple(made._summarize(kv_NTH[:, :, 0].transpose(0, 1), places.length_of.tolist()))
             own.add_summaries(layer, tables)

@@ -52,6 +52,7 @@ class LaneBatch:
                 most_slots=_room(max(lane.num_slots for lane in lanes), 1),
                 max_parts=_room(max(len(lane.parts) for lane in lanes), 2),
                 slot_tokens=some.config.max_sentence_tokens,
+                kv_format=some.config.kv_format,
             )
         assert self._lanes is not None
         seated = [(lane.serial, lane.version) for lane in lanes]

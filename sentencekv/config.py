@@ -52,8 +52,10 @@ class Config:
     """Tokens per forward pass while reading; bounds the activations, never changes the result. None: 8192 on a GPU,
     1024 on a CPU."""
 
-    kv_dtype: Literal["auto"] = "auto"
-    """Precision of the host tier; `auto` is the model's own."""
+    kv_dtype: Literal["auto", "fp8", "int8", "int4"] = "auto"
+    """Precision of closed sentences in host memory and in files. `auto` is the model's own; `fp8` and `int8` take half
+    of 16 bits and `int4` 31%, scales included, and what they round off is lost to every later token. On the GPU KV is
+    in the model's precision, and so is what summaries are made from."""
 
     host_memory_bytes: int | None = None
     """Upper bound for KV kept in host memory by one LongContextLM; None: what the machine has free."""
@@ -75,8 +77,8 @@ class Config:
         object.__setattr__(self, "policy_options", dict(self.policy_options))  # the caller's may change later
         if self.splitter is not None and not callable(self.splitter):
             raise TypeError(f"splitter must be callable or None, got {type(self.splitter).__name__}")
-        if self.kv_dtype != "auto":
-            raise ValueError(f"kv_dtype must be 'auto' (the model's own precision), got {self.kv_dtype!r}")
+        if self.kv_dtype not in ("auto", "fp8", "int8", "int4"):
+            raise ValueError(f"kv_dtype must be 'auto', 'fp8', 'int8' or 'int4', got {self.kv_dtype!r}")
         always_read = self.sink_tokens + self.window_tokens
         if self.budget_tokens <= always_read:
             raise ValueError(
@@ -109,6 +111,11 @@ class Config:
     def max_selected(self) -> int:
         """The most sentences that can be selected at one step, from the shortest regular sentence."""
         return -(-self.room_tokens // self.min_sentence_tokens)
+
+    @property
+    def kv_format(self) -> Literal["fp8", "int8", "int4"] | None:
+        """Of closed sentences off the GPU; None: the model's precision."""
+        return None if self.kv_dtype == "auto" else self.kv_dtype
 
     @property
     def num_slots(self) -> int:

@@ -25,7 +25,7 @@ from sentencekv.reading import Progress, read
 from sentencekv.sampling import SamplingOptions, refuse_nan
 from sentencekv.saved import Owner
 from sentencekv.session import Session
-from sentencekv.store import HostMemory, host_tokens
+from sentencekv.store import HostMemory, Layout, host_tokens
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}
 """Default `prefill_chunk_tokens`: large enough to fill a GPU; on a CPU small, for steady progress."""
@@ -60,7 +60,7 @@ class Engine:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         num_layers = sum(kind != "sliding_attention" for kind in kinds)
-        return num_layers * heads * 2 * head_dim * self.model.dtype.itemsize
+        return num_layers * heads * Layout(heads, head_dim, self.model.dtype, self.config.kv_format).row_bytes
 
     def check_fits(self, prompts: Sequence[Prompt], new_tokens: int, before: int = 0) -> None:
         """Raise ValueError or MemoryError unless prompts, each after `before` tokens, fit positions and host memory."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sentencekv.config import Config
-from sentencekv.store import Extent, Places, Run
+from sentencekv.store import Extent, Layout, Places, Run
 from triton_ops import Lane, Part, offload_kv
 
 _SERIALS = itertools.count()
@@ -126,11 +126,24 @@ class SessionLane(Lane):
     def offload(self, extent: Extent, runs: Sequence[Run], places: Places, lengths: Sequence[int]) -> None:
         """Copy tokens about to be closed to host memory, all layers at once. `places` ends with their sentences."""
         kv_DNTH = self.take_out(sum(lengths))
+        layout = Layout(kv_DNTH.shape[1], kv_DNTH.shape[4], kv_DNTH.dtype, self._config.kv_format)
         for layer in self.layers:
-            extent.allocate(layer, runs, kv_DNTH.shape[1], kv_DNTH.shape[4], kv_DNTH.dtype)
-        slabs_of = [[slab.kv(layer) for slab in places.slabs] for layer in self.layers]
+            extent.allocate(layer, runs, layout)
+        slabs_of = [[slab.rows(layer) for slab in places.slabs] for layer in self.layers]
         place_P4 = places.place_S4[places.num_sentences - len(lengths) :]
-        offload_kv(kv_DNTH, slabs_of, places.slab_addresses(self.layers), place_P4, max(lengths))
+        addresses = places.slab_addresses(self.layers)
+        skipped_bytes = 0
+        for part in layout.packed(kv_DNTH):
+            offload_kv(
+                part,
+                slabs_of,
+                addresses,
+                place_P4,
+                max(lengths),
+                pitch=layout.row_bytes // part.itemsize,
+                skip=skipped_bytes // part.itemsize,
+            )
+            skipped_bytes += part[0, 0, 0].nbytes
 
     def set_places(self, places: Places) -> None:
         """Make sentences that were closed meanwhile selectable."""
@@ -149,7 +162,7 @@ class SessionLane(Lane):
                 self.parts.append(Part(first, count, {layer: extent.summaries(layer) for layer in self.layers}))
             first += count
         slab_of = places.slab_addresses(self.layers)
-        self.slabs = {layer: [slab.kv(layer) for slab in places.slabs] for layer in self.layers}
+        self.slabs = {layer: [slab.rows(layer) for slab in places.slabs] for layer in self.layers}
         self.slab_of = dict(zip(self.layers, slab_of.unbind(0), strict=True))
         self.max_selected = most_selected(self._config, places.num_sentences, places.num_tokens)
         self._make_hot_set(places.num_sentences)

@@ -28,13 +28,15 @@ from sentencekv.disk import Pieces, SavedFile, SavedFileError, Written, write_fi
 from sentencekv.policies import Policy
 from sentencekv.prompts import Frame, Prompt
 from sentencekv.session import Session, State
-from sentencekv.store import Extent, HostMemory, Slab
+from sentencekv.store import Extent, HostMemory, Layout, Slab
 
 _KIND, _VERSION = "sentencekv document", 1
 _READERS = 4
 """Threads that read ahead: a checksum takes one of them longer than the disk takes for the bytes."""
 _SAMPLED_NUMBERS = 64
 """Of each of the model's weights, for its fingerprint."""
+_SUFFIXES = ("", ".scales")
+"""Of the tensors that hold a slab's rows: KV, or codes and their scales."""
 _FIXED = ("policy", "policy_options", "sink_tokens", "window_tokens", "max_sentence_tokens", "kv_dtype")
 """Settings under which a document was read, and which cannot be others afterwards."""
 
@@ -100,12 +102,13 @@ def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progres
         for layer in state.recent:
             for i, table in enumerate(extent.summaries(layer)):
                 tensors[f"extent{e}.summaries{i}.layer{layer}"] = Pieces.of(table)
-    num_layers = len(state.recent)
     for layer, recent in state.recent.items():
+        layout = Layout(recent.shape[0], recent.shape[3], recent.dtype, session.config.kv_format)
         for e, extent in enumerate(state.extents):
             for s, slab in enumerate(extent.slabs):
-                shape = (recent.shape[0], slab.used_tokens, *recent.shape[2:])
-                tensors[_slab_name(e, s, layer)] = Pieces(recent.dtype, shape, functools.partial(_heads, slab, layer))
+                for i, (dtype, shape) in enumerate(layout.shapes(slab.used_tokens)):
+                    parts = functools.partial(_heads, slab, layer, i)
+                    tensors[_slab_name(e, s, layer) + _SUFFIXES[i]] = Pieces(dtype, shape, parts)
     description = {
         "kind": _KIND,
         "version": _VERSION,
@@ -114,7 +117,6 @@ def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progres
         "settings": {name: getattr(session.config, name) for name in _FIXED},
         "frame": dataclasses.asdict(frame),
         "first_char": len(prompt.text) - len(text),
-        "num_layers": num_layers,
         "session": {
             "num_tokens": state.num_tokens,
             "closed_end": state.closed_end,
@@ -134,10 +136,9 @@ def _slab_name(extent: int, slab: int, layer: int) -> str:
     return f"extent{extent}.slab{slab}.layer{layer}"
 
 
-def _heads(slab: Slab, layer: int) -> Iterator[Tensor]:
+def _heads(slab: Slab, layer: int, part: int) -> Iterator[Tensor]:
     """The used rows of each head, one after another."""
-    kv = slab.kv(layer)
-    return (kv[head, : slab.used_tokens] for head in range(kv.shape[0]))
+    return (head[: slab.used_tokens] for head in slab.parts(layer)[part])
 
 
 def _by_number(values: Mapping[int, int]) -> dict[str, int]:
@@ -171,10 +172,14 @@ def open_saved(
     def on_device(name: str) -> Tensor:
         return saved.read(name).to(device)
 
-    loading = _Loading(saved, memory, numbers["slabs"], layers)
+    recent = {layer: on_device(f"recent.layer{layer}") for layer in layers}
+    layout_of = {layer: Layout(kv.shape[0], kv.shape[3], kv.dtype, config.kv_format) for layer, kv in recent.items()}
+    loading = _Loading(saved, memory, numbers["slabs"], layout_of)
     extents = []
     for e, sizes in enumerate(numbers["slabs"]):
-        slabs = [Slab(capacity, used, functools.partial(loading.kv, e, s)) for s, (capacity, used) in enumerate(sizes)]
+        slabs = [
+            Slab(capacity, used, functools.partial(loading.rows, e, s)) for s, (capacity, used) in enumerate(sizes)
+        ]
         tables: dict[int, list[Tensor]] = {}
         for layer in layers:
             names = (f"extent{e}.summaries{i}.layer{layer}" for i in range(2))
@@ -188,7 +193,7 @@ def open_saved(
         ends=numbers["ends"],
         last_expected_end=numbers["last_expected_end"],
         sink={layer: on_device(f"sink.layer{layer}") for layer in layers},
-        recent={layer: on_device(f"recent.layer{layer}") for layer in layers},
+        recent=recent,
         local={layer: on_device(f"local.layer{layer}") for layer in numbers["local_layers"]},
         window_of={int(layer): window for layer, window in numbers["window_of"].items()},
         dense_bytes_per_token={int(layer): count for layer, count in numbers["dense_bytes_per_token"].items()},
@@ -236,20 +241,26 @@ class _Loading:
     """The slabs of a file on their way to host memory: from when the first is asked for, layer after layer."""
 
     def __init__(
-        self, saved: SavedFile, memory: HostMemory, sizes: Sequence[Sequence[Sequence[int]]], layers: Sequence[int]
+        self,
+        saved: SavedFile,
+        memory: HostMemory,
+        sizes: Sequence[Sequence[Sequence[int]]],
+        layout_of: Mapping[int, Layout],
     ) -> None:
+        """`sizes`: of the slabs of each extent, capacity and used rows; `layout_of`: by layer, in the order of need."""
         self._saved, self._memory = saved, memory
-        self._capacity_of = {
-            _slab_name(e, s, layer): capacity
-            for layer in layers
+        self._layout_of = layout_of
+        self._missing = {
+            _slab_name(e, s, layer): (layout, capacity, used)
+            for layer, layout in layout_of.items()
             for e, slabs in enumerate(sizes)
-            for s, (capacity, _) in enumerate(slabs)
+            for s, (capacity, used) in enumerate(slabs)
         }
-        """Of what was not handed over yet, in the order in which it is needed."""
+        """What was not handed over yet."""
         self._futures: dict[str, Future[Tensor]] = {}
         self._lock = threading.Lock()
 
-    def kv(self, extent: int, slab: int, layer: int) -> Tensor:
+    def rows(self, extent: int, slab: int, layer: int) -> tuple[Tensor, Layout]:
         """Rows of one slab and layer, in host memory; waits until they are there. What was given once is not again."""
         name = _slab_name(extent, slab, layer)
         with self._lock:
@@ -257,35 +268,30 @@ class _Loading:
                 self._start()
             future = self._futures[name]
         try:
-            kv = future.result()
+            rows = future.result()
         except BaseException:
             with self._lock:
                 self._stop()
                 self._futures = {}  # whoever asks next tries anew: memory may have become free
             raise
         with self._lock:
-            self._futures.pop(name, None)
-            self._capacity_of.pop(name, None)
-            if not self._capacity_of:
+            del self._futures[name], self._missing[name]
+            if not self._missing:
                 self._saved.close()
-        return kv
+        return rows, self._layout_of[layer]
 
     def _start(self) -> None:
-        self._memory.check(
-            sum(
-                self._saved.num_bytes_of(name) // max(self._saved.shape(name)[1], 1) * capacity
-                for name, capacity in self._capacity_of.items()
-            )
-        )
+        needed = (layout.num_heads * layout.row_bytes * capacity for layout, capacity, _ in self._missing.values())
+        self._memory.check(sum(needed))
         executor = ThreadPoolExecutor(_READERS, thread_name_prefix="sentencekv-read")
         self._stop = weakref.finalize(self, executor.shutdown, wait=False, cancel_futures=True)
-        for name, capacity in self._capacity_of.items():
-            self._futures[name] = executor.submit(_load, self._saved, self._memory, name, capacity)
+        for name, what in self._missing.items():
+            self._futures[name] = executor.submit(_load, self._saved, self._memory, name, *what)
         executor.shutdown(wait=False)  # the threads end when all is read
 
 
-def _load(saved: SavedFile, memory: HostMemory, name: str, capacity: int) -> Tensor:
-    num_heads, used, two, head_dim = saved.shape(name)
-    kv = memory.allocate((num_heads, capacity, two, head_dim), saved.dtype(name))
-    saved.read_into(name, [kv[head, :used] for head in range(num_heads)])
-    return kv
+def _load(saved: SavedFile, memory: HostMemory, name: str, layout: Layout, capacity: int, used: int) -> Tensor:
+    rows = layout.allocate(memory, capacity)
+    for suffix, part in zip(_SUFFIXES, layout.parts(rows, capacity), strict=False):
+        saved.read_into(name + suffix, [head[:used] for head in part])
+    return rows

@@ -381,7 +381,7 @@ class Session:
         if num_closing:
             assert self._own is not None
             closed = pending[:, :num_closing]
-            self._own.write(layer, self._pass.runs, closed)
+            self._own.write(layer, self._pass.runs, closed, self.config.kv_format)
             if self.policy.reads == "selected":
                 tables = self._summarize(closed[:, :, 0].transpose(0, 1), self._pass.closing)
                 self._own.add_summaries(layer, tables)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sentencekv.units import format_bytes
+from triton_ops import Format, Packed, pack_kv, packed_slab, unpack_kv
+from triton_ops.pack_kv import code_width, row_bytes, scale_width
 
 _LARGE_SLAB_TOKENS = 16384
 _SMALL_SLAB_TOKENS = 256
@@ -108,43 +110,107 @@ class HostMemory:
             self.in_use_bytes -= num_bytes
 
 
-class Slab:
-    """A fixed run of token rows in host memory, one tensor `[N, capacity, 2, H]` per layer, made when first written.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one layer's rows look: KV heads, head dimension, the model's dtype, and the format in host memory."""
 
-    `load`: where the rows of a full slab come from when a layer's are first asked for; None: they were written here.
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    kv_format: Format | None = None
+    """None: the dtype."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token's key and value of one head, in host memory."""
+        if self.kv_format is None:
+            return 2 * self.head_dim * self.dtype.itemsize
+        return row_bytes(self.head_dim, self.kv_format)
+
+    def allocate(self, memory: HostMemory, capacity: int) -> Tensor:
+        """Host memory for so many rows of all heads."""
+        if self.kv_format is None:
+            return memory.allocate((self.num_heads, capacity, 2, self.head_dim), self.dtype)
+        return memory.allocate((self.num_heads, capacity * self.row_bytes), torch.uint8)
+
+    def shapes(self, num_rows: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """Types and shapes of `parts` with so many rows."""
+        before = (self.num_heads, num_rows, 2)
+        if self.kv_format is None:
+            return [(self.dtype, (*before, self.head_dim))]
+        return [
+            (torch.uint8, (*before, code_width(self.head_dim, self.kv_format))),
+            (torch.float16, (*before, scale_width(self.head_dim, self.kv_format))),
+        ]
+
+    def parts(self, rows: Tensor, capacity: int) -> tuple[Tensor, ...]:
+        """What a slab's tensor holds, `[N, capacity, 2, any]` each: KV, or codes and scales."""
+        if self.kv_format is None:
+            return (rows,)
+        return tuple(packed_slab(rows, capacity, self.head_dim, self.kv_format))
+
+    def packed(self, kv_NTH: Tensor) -> tuple[Tensor, ...]:
+        """KV as `parts` holds it."""
+        return (kv_NTH,) if self.kv_format is None else tuple(pack_kv(kv_NTH, self.kv_format))
+
+    def unpacked(self, parts: Sequence[Tensor]) -> Tensor:
+        """KV from what `parts` holds."""
+        if self.kv_format is None:
+            return parts[0]
+        return unpack_kv(Packed(*parts), self.head_dim, self.dtype, self.kv_format)
+
+
+class Slab:
+    """A fixed run of token rows in host memory, one tensor per layer, made when first written.
+
+    A layer's tensor is `[N, capacity, 2, H]`, or as `packed_slab` has it. `load`: where the rows of a full slab come
+    from when a layer's are first asked for; None: they were written here.
     """
 
-    def __init__(self, capacity_tokens: int, used_tokens: int = 0, load: Callable[[int], Tensor] | None = None) -> None:
+    def __init__(
+        self, capacity_tokens: int, used_tokens: int = 0, load: Callable[[int], tuple[Tensor, Layout]] | None = None
+    ) -> None:
         self.capacity_tokens = capacity_tokens
         self.used_tokens = used_tokens
         self._load = load
-        self._kv_of_layer: dict[int, Tensor] = {}
+        self._rows_of_layer: dict[int, Tensor] = {}
+        self._layout_of_layer: dict[int, Layout] = {}
 
-    def kv(self, layer: int) -> Tensor:
-        """The rows of one layer; raises whatever loading them raises."""
-        if layer not in self._kv_of_layer and self._load is not None:
-            self._kv_of_layer[layer] = self._load(layer)
-        return self._kv_of_layer[layer]
+    def rows(self, layer: int) -> Tensor:
+        """The tensor of one layer; raises whatever loading it raises."""
+        if layer not in self._rows_of_layer and self._load is not None:
+            self._rows_of_layer[layer], self._layout_of_layer[layer] = self._load(layer)
+        return self._rows_of_layer[layer]
 
-    def allocate(self, layer: int, memory: HostMemory, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def parts(self, layer: int) -> tuple[Tensor, ...]:
+        """The rows of one layer, `[N, capacity, 2, any]`: KV, or codes and scales. As `rows`."""
+        rows = self.rows(layer)
+        return self._layout_of_layer[layer].parts(rows, self.capacity_tokens)
+
+    def layout(self, layer: int) -> Layout:
+        """How the rows of one layer look."""
+        self.rows(layer)
+        return self._layout_of_layer[layer]
+
+    def allocate(self, layer: int, memory: HostMemory, layout: Layout) -> None:
         """Host memory for one layer, if it has none yet."""
-        if layer not in self._kv_of_layer:
-            shape = (num_kv_heads, self.capacity_tokens, 2, head_dim)
-            self._kv_of_layer[layer] = memory.allocate(shape, dtype)
-
-    @property
-    def layers(self) -> list[int]:
-        """Layers whose rows are in host memory."""
-        return sorted(self._kv_of_layer)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory held."""
-        return sum(kv.nbytes for kv in self._kv_of_layer.values())
+        if layer not in self._rows_of_layer:
+            self._rows_of_layer[layer] = layout.allocate(memory, self.capacity_tokens)
+            self._layout_of_layer[layer] = layout
 
     @property
     def free_tokens(self) -> int:
         return self.capacity_tokens - self.used_tokens
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose rows are in host memory."""
+        return sorted(self._rows_of_layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory held."""
+        return sum(rows.nbytes for rows in self._rows_of_layer.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,29 +310,33 @@ class Extent:
         self.place_of = torch.cat([self.place_of, torch.tensor(placed, dtype=torch.int64).reshape(-1, 4)])
         return runs
 
-    def allocate(self, layer: int, runs: Sequence[Run], num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def allocate(self, layer: int, runs: Sequence[Run], layout: Layout) -> None:
         """Host memory of one layer for the slabs of these runs, where they have none yet."""
         for run in runs:
-            run.slab.allocate(layer, self.memory, num_kv_heads, head_dim, dtype)
+            run.slab.allocate(layer, self.memory, layout)
 
-    def write(self, layer: int, runs: Sequence[Run], kv_NTH: Tensor) -> None:
-        """Copy closed tokens `[N, T, 2, H]` of one layer to host memory; asynchronous on a GPU until `flush`."""
-        num_heads, _, _, head_dim = kv_NTH.shape
-        self.allocate(layer, runs, num_heads, head_dim, kv_NTH.dtype)
+    def write(self, layer: int, runs: Sequence[Run], kv_NTH: Tensor, kv_format: Format | None = None) -> None:
+        """Copy closed tokens `[N, T, 2, H]` of one layer to host memory, in a format of fewer bits if one is given;
+        asynchronous on a GPU until `flush`."""
+        layout = Layout(kv_NTH.shape[0], kv_NTH.shape[3], kv_NTH.dtype, kv_format)
+        self.allocate(layer, runs, layout)
+        sources = layout.packed(kv_NTH)
         if self._copy_stream is None:
             for run in runs:
                 rows = slice(run.row, run.row + run.stop - run.start)
-                run.slab.kv(layer)[:, rows] = kv_NTH[:, run.start : run.stop]
+                for target, source in zip(run.slab.parts(layer), sources, strict=True):
+                    target[:, rows] = source[:, run.start : run.stop]
             return
         self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copy_stream):
-            kv_NTH.record_stream(self._copy_stream)
+            for source in sources:
+                source.record_stream(self._copy_stream)
             for run in runs:
                 rows = slice(run.row, run.row + run.stop - run.start)
-                # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
-                for head in range(num_heads):
-                    source = kv_NTH[head, run.start : run.stop]
-                    run.slab.kv(layer)[head, rows].copy_(source, non_blocking=True)
+                for target, source in zip(run.slab.parts(layer), sources, strict=True):
+                    # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
+                    for head in range(source.shape[0]):
+                        target[head, rows].copy_(source[head, run.start : run.stop], non_blocking=True)
 
     def flush(self) -> None:
         """Wait until all rows written so far are in host memory."""
@@ -354,7 +424,7 @@ class Places:
 
     def slab_addresses(self, layers: Sequence[int]) -> Tensor:
         """int64 `[D, number of slabs, 2]` on the device: address and capacity of each slab, for each of D layers."""
-        rows = [[[slab.kv(layer).data_ptr(), slab.capacity_tokens] for slab in self.slabs] for layer in layers]
+        rows = [[[slab.rows(layer).data_ptr(), slab.capacity_tokens] for slab in self.slabs] for layer in layers]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1, 2).to(self._device)
 
     def read(self, layer: int, into_NTH: Tensor) -> None:
@@ -363,14 +433,22 @@ class Places:
             extent.order_after_writes()
         start = 0
         for slab, used_tokens in self.filled():
-            kv = slab.kv(layer)
+            parts = slab.parts(layer)
             stop = start + used_tokens
             if self._device.type == "cpu":
-                into_NTH[:, start:stop] = kv[:, :used_tokens]
-            else:
+                into_NTH[:, start:stop] = slab.layout(layer).unpacked([part[:, :used_tokens] for part in parts])
+                start = stop
+                continue
+            layout = slab.layout(layer)
+            targets = [into_NTH[:, start:stop]]
+            if layout.kv_format is not None:
+                targets = [torch.empty_like(part[:, :used_tokens], device=self._device) for part in parts]
+            for target, part in zip(targets, parts, strict=True):
                 # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
-                for head in range(kv.shape[0]):
-                    into_NTH[head, start:stop].copy_(kv[head, :used_tokens], non_blocking=True)
+                for head in range(part.shape[0]):
+                    target[head].copy_(part[head, :used_tokens], non_blocking=True)
+            if layout.kv_format is not None:
+                into_NTH[:, start:stop] = layout.unpacked(targets)
             start = stop
 
 

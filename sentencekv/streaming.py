@@ -37,7 +37,7 @@ class Stream:
             yield from self._buffers.blocks(layer)
             return
         for slab, used_tokens in self._places.filled():
-            yield slab.kv(layer)[:, :used_tokens]
+            yield slab.layout(layer).unpacked([part[:, :used_tokens] for part in slab.parts(layer)])
 
 
 class _Buffers:
@@ -50,7 +50,8 @@ class _Buffers:
         self._next_copied = 0
         """Of `_order`, the first entry that is not on its way."""
         self._stream = torch.cuda.Stream(device)
-        self._tensors: list[Tensor] = []
+        self._tensors: list[list[Tensor]] = []
+        """Of each buffer, as `Layout.parts`."""
         self._filled = [torch.cuda.Event(), torch.cuda.Event()]
         self._used = [torch.cuda.Event(), torch.cuda.Event()]
         for extent in places.extents:
@@ -67,7 +68,8 @@ class _Buffers:
             self._copy_up_to(entry + 1)
             compute.wait_event(self._filled[entry % 2])
             num_tokens = sum(used for _, used in self._groups[entry - first])
-            yield self._tensors[entry % 2][:, :num_tokens]
+            layout = self._groups[entry - first][0][0].layout(layer)
+            yield layout.unpacked([part[:, :num_tokens] for part in self._tensors[entry % 2]])
             self._used[entry % 2].record(compute)
 
     def _copy_up_to(self, last: int) -> None:
@@ -75,30 +77,32 @@ class _Buffers:
             entry = self._next_copied
             layer, group = self._order[entry]
             slabs = self._groups[group]
-            some = slabs[0][0].kv(layer)
             if not self._tensors:
-                self._allocate(some)
-            buffer = self._tensors[entry % 2]
+                self._allocate(slabs[0][0].parts(layer))
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(self._used[entry % 2])
                 start = 0
                 for slab, used in slabs:
-                    kv = slab.kv(layer)
-                    # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
-                    for head in range(kv.shape[0]):
-                        buffer[head, start : start + used].copy_(kv[head, :used], non_blocking=True)
+                    for target, part in zip(self._tensors[entry % 2], slab.parts(layer), strict=True):
+                        # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
+                        for head in range(part.shape[0]):
+                            target[head, start : start + used].copy_(part[head, :used], non_blocking=True)
                     start += used
                 self._filled[entry % 2].record(self._stream)
             self._next_copied += 1
 
-    def _allocate(self, like: Tensor) -> None:
+    def _allocate(self, like: Sequence[Tensor]) -> None:
         num_tokens = max(sum(used for _, used in group) for group in self._groups)
-        shape = (like.shape[0], num_tokens, *like.shape[2:])
-        self._tensors = [torch.empty(shape, dtype=like.dtype, device=self._device) for _ in range(2)]
         compute = torch.cuda.current_stream(self._device)
-        for tensor, used in zip(self._tensors, self._used, strict=True):
-            tensor.record_stream(self._stream)
+        for used in self._used:
+            buffer = [
+                torch.empty((part.shape[0], num_tokens, *part.shape[2:]), dtype=part.dtype, device=self._device)
+                for part in like
+            ]
+            for tensor in buffer:
+                tensor.record_stream(self._stream)
             used.record(compute)  # the memory may have been another tensor's a moment ago
+            self._tensors.append(buffer)
 
 
 def _grouped(filled: Sequence[tuple[Slab, int]], block_tokens: int) -> list[Group]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton_ops import encode_keys, summarize
 from triton_ops.gather_kv import gather_kv_ref
 from triton_ops.lanes import Lane, Lanes, Part
+from triton_ops.pack_kv import Format, pack_kv, packed_slab, row_bytes
 from triton_ops.resolve_hot_set import Resolved, resolve_hot_set_ref
 
 SLOT_TOKENS = 8
@@ -139,6 +140,28 @@ def seat(lanes: list[Lane], device: torch.device, *, spare: int = 1, most_select
     )
     batch.seat(lanes)
     return batch
+
+
+def pack_lanes(lanes: Lanes, kv_format: Format) -> None:
+    """Bring all slabs of a batch into a format of fewer bits."""
+    for lane in lanes.lanes:
+        for layer, slabs in lane.slabs.items():
+            packed_slabs = []
+            for slab in slabs:
+                heads, capacity, _, dim = slab.shape
+                rows = torch.zeros(
+                    (heads, capacity * row_bytes(dim, kv_format)), dtype=torch.uint8, pin_memory=slab.is_pinned()
+                )
+                for target, source in zip(
+                    packed_slab(rows, capacity, dim, kv_format), pack_kv(slab, kv_format), strict=True
+                ):
+                    target.copy_(source)
+                packed_slabs.append(rows)
+            lane.slabs[layer] = packed_slabs
+            table = [[rows.data_ptr(), slab.shape[1]] for rows, slab in zip(packed_slabs, slabs, strict=True)]
+            lane.slab_of[layer] = torch.tensor(table, dtype=torch.int64, device=lanes.device).reshape(-1, 2)
+    lanes.kv_format = kv_format
+    lanes.seat(lanes.lanes)
 
 
 def random_batch(

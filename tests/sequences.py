@@ -173,10 +173,9 @@ def random_choice(num_sentences: int, counts: Sequence[int], generator: torch.Ge
 
 def closed_kv(session: Session, layer: int) -> Tensor:
     """KV of all closed sentences as host memory has it, in order."""
-    some = session._places.slabs[0].kv(layer)
-    into = torch.full(
-        (some.shape[0], session._places.num_tokens, *some.shape[2:]), torch.nan, dtype=some.dtype, device=session.device
-    )
+    layout = session._places.slabs[0].layout(layer)
+    shape = (layout.num_heads, session._places.num_tokens, 2, layout.head_dim)
+    into = torch.full(shape, torch.nan, dtype=layout.dtype, device=session.device)
     session._places.read(layer, into)
     return into
 

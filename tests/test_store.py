@@ -38,12 +38,12 @@ def test_rows_come_back_in_order(large: int, device: torch.device, monkeypatch: 
         begin = int(places.start_of[sentence]) - 5
         assert length == lengths[sentence]
         assert row_in_extent == begin - (0 if sentence < 12 else 237)
-        rows = places.slabs[slab].kv(0)[:, row : row + length]
+        rows = places.slabs[slab].rows(0)[:, row : row + length]
         assert torch.equal(rows, kv[:, begin : begin + length].cpu())
     addresses = places.slab_addresses([0])
     assert addresses.device == places.place_S4.device == kv.device
-    assert addresses.tolist() == [[[s.kv(0).data_ptr(), s.capacity_tokens] for s in places.slabs]]
-    assert first.slabs[0].kv(0).is_pinned() == (device.type == "cuda")
+    assert addresses.tolist() == [[[s.rows(0).data_ptr(), s.capacity_tokens] for s in places.slabs]]
+    assert first.slabs[0].rows(0).is_pinned() == (device.type == "cuda")
     taken = sum(slab.capacity_tokens for slab in first.slabs + second.slabs)
     assert taken <= host_tokens(237, 0, 32) + host_tokens(163, 0, 32)
 

@@ -16,6 +16,7 @@ from triton_ops.gather_kv import gather_kv
 from triton_ops.lanes import Lane, Lanes, Part
 from triton_ops.merge_attention import merge_attention
 from triton_ops.offload_kv import offload_kv
+from triton_ops.pack_kv import Format, Packed, pack_kv, packed_slab, unpack_kv
 from triton_ops.resolve_hot_set import Resolved, resolve_hot_set
 from triton_ops.score_codes import score_codes
 from triton_ops.score_sentences import Scores, score_sentences
@@ -24,8 +25,10 @@ from triton_ops.sparse_decode import sparse_decode
 from triton_ops.summarize import summarize
 
 __all__ = [
+    "Format",
     "Lane",
     "Lanes",
+    "Packed",
     "Part",
     "Resolved",
     "Scores",
@@ -33,10 +36,13 @@ __all__ = [
     "gather_kv",
     "merge_attention",
     "offload_kv",
+    "pack_kv",
+    "packed_slab",
     "resolve_hot_set",
     "score_codes",
     "score_sentences",
     "select_sentences",
     "sparse_decode",
     "summarize",
+    "unpack_kv",
 ]

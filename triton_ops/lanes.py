@@ -18,6 +18,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.pack_kv import Format
+
 # Columns of `Lanes.address_of`, int64, one row for each layer and lane.
 RESIDENT = tl.constexpr(0)
 HOT = tl.constexpr(1)
@@ -55,11 +57,16 @@ TRAFFIC_MISSED = tl.constexpr(1)
 TRAFFIC_TOKENS = tl.constexpr(2)
 
 
-_ELEMENT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_ELEMENT_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.uint8: tl.uint8,
+}
 
 
 def element_type(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype in which keys and values may be kept."""
+    """Triton's name of a dtype in which keys and values, or their codes, may be kept."""
     return _ELEMENT_TYPES[dtype]
 
 
@@ -99,7 +106,7 @@ class Lane:
     its part."""
 
     slabs: dict[int, list[Tensor]]
-    """`[N, capacity, 2, H]` each; a token's K and V are adjacent."""
+    """`[N, capacity, 2, H]` each; a token's K and V are adjacent. In a format of fewer bits, see `packed_slab`."""
 
     slab_of: dict[int, Tensor]
     """int64 `[number of slabs, 2]` on the device: address and capacity of each slab."""
@@ -183,7 +190,8 @@ class Lanes:
     """A batch of lanes and its tables on the device.
 
     `capacity`: more sentences than any lane has; `most_selected`, `most_slots`, `max_parts`: at least as many as any
-    lane selects in one step, has slots, has parts; `slot_tokens`: tokens in a slot, and at most so many in a sentence.
+    lane selects in one step, has slots, has parts; `slot_tokens`: tokens in a slot, and at most so many in a sentence;
+    `kv_format`: of the rows in slabs (`pack_kv`), None: the precision of the slots.
     All are part of a launch: a change means a new graph.
     """
 
@@ -199,6 +207,7 @@ class Lanes:
         most_slots: int,
         max_parts: int,
         slot_tokens: int,
+        kv_format: Format | None = None,
     ) -> None:
         self.lanes: list[Lane] = []
         self.num_lanes = num_lanes
@@ -207,6 +216,7 @@ class Lanes:
         self.capacity, self.max_parts = capacity, max_parts
         self.most_selected, self.most_slots = most_selected, most_slots
         self.slot_tokens = slot_tokens
+        self.kv_format = kv_format
         self.device = device
         self._row_of = {layer: i for i, layer in enumerate(self.layers)}
         width = PARTS.value + 4 * max_parts
