@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tests.lanes import random_batch, random_heads
-from triton_ops import Lanes, Resolved, Scores
+from triton_ops import Lanes, Resolved, Scores, pack_kv
 from triton_ops.encode_keys import encode_keys_triton
 from triton_ops.gated_linear import gated_linear_triton
 from triton_ops.gather_kv import gather_kv_triton
@@ -133,6 +133,9 @@ def gather_kv(shape: Shape) -> None:
     lanes = lanes_of(shape, 1)
     selected, resolved = chosen(lanes)
     gather_kv_triton(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, 0)
+    for kv_format in ("fp8", "int8", "int4") if shape.dim == 64 else ("fp8", "int4"):
+        lanes.kv_format = kv_format
+        gather_kv_triton(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, 0)
 
 
 def merge_attention(shape: Shape) -> None:
@@ -143,7 +146,9 @@ def merge_attention(shape: Shape) -> None:
 
 def offload_kv(shape: Shape) -> None:
     kv = torch.zeros(2, shape.heads, 64, 2, shape.dim, dtype=shape.dtype)
-    offload_kv_triton(kv, [], torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int32), 32)
+    for part, skip in ((kv, 0), *((part, 128) for part in pack_kv(kv, "int4"))):
+        addresses, places = torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int32)
+        offload_kv_triton(part, [], addresses, places, 32, pitch=400, skip=skip)
 
 
 def sparse_decode(shape: Shape) -> None:

@@ -76,6 +76,21 @@ def test_an_opened_document_answers_as_before(
     assert again.kv_host_bytes == held
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8", "int4"])
+def test_fewer_bits(kv_dtype: str, tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path) -> None:
+    """The file is smaller, its codes are those in host memory, and they mean nothing under another setting."""
+    lm, whole = make_lm(tokenizer, kv_dtype=kv_dtype), make_lm(tokenizer)
+    document = lm.read(prose[:4000])
+    size = document.save(tmp_path / "a")
+    assert size < 0.8 * whole.read(prose[:4000]).save(tmp_path / "b")
+    assert document.kv_host_bytes < 0.6 * whole.read(prose[:4000]).kv_host_bytes
+    opened = lm.open(tmp_path / "a")
+    assert answers(opened) == answers(document)
+    assert opened.kv_host_bytes == document.kv_host_bytes
+    with pytest.raises(SavedFileError, match=f"was read under kv_dtype='{kv_dtype}'"):
+        whole.open(tmp_path / "a")
+
+
 @pytest.mark.parametrize("architecture", ["gemma3_text", "qwen2", "mistral"])
 def test_other_architectures(architecture: str, tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path) -> None:
     """Sliding-window layers have no sentences; their last tokens are in the file."""

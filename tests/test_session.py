@@ -9,6 +9,7 @@ import torch
 from sentencekv import policies, store, streaming
 from sentencekv import session as session_module
 from sentencekv.batch import LaneBatch
+from sentencekv.exact import exact_attention_ref
 from sentencekv.policies import Policy
 from sentencekv.session import Session
 from sentencekv.store import HostMemory
@@ -16,6 +17,7 @@ from tests.sequences import (
     CONFIG,
     DIM,
     HEADS,
+    SCALE,
     Scripted,
     Tokens,
     close,
@@ -27,6 +29,7 @@ from tests.sequences import (
     sentence_ends,
     step,
 )
+from triton_ops import pack_kv, unpack_kv
 
 SELECTING = [name for name in policies.available() if policies.policy_class(name).reads == "selected"]
 
@@ -367,3 +370,50 @@ def test_a_reply_does_not_double_the_summaries(device: torch.device) -> None:
     assert session.num_sentences > closed > 1000
     assert session.device_bytes < 1.3 * before
     assert session.num_tokens == num_tokens + 40
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8", "int4"])
+def test_closed_kv_in_fewer_bits(kv_dtype: str, device: torch.device) -> None:
+    """Rounded once, whether it was closed while reading or while decoding; the rest is as it was."""
+    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
+    tokens = Tokens.random(260, device)
+    session = new_session(device, policies.load("codes"), config)
+    session.expect(sentence_ends(260))
+    run(session, tokens, 130, exact=True)
+    for stop in range(131, 230):
+        run(session, tokens, stop, exact=False)
+    read_again = new_session(device, policies.load("codes"), config)
+    read_again.expect(sentence_ends(260))
+    run(read_again, tokens, 230, exact=True)
+    assert read_again.sentence_spans() == session.sentence_spans()
+    last = session.sentence_spans()[-1][1]
+    for layer in (0, 1):
+        kv = tokens.kv(layer, CONFIG.sink_tokens, last)
+        rounded = unpack_kv(pack_kv(kv, kv_dtype), DIM, torch.float32, kv_dtype)
+        assert not torch.equal(rounded, kv)
+        assert torch.equal(closed_kv(session, layer), rounded)
+        assert torch.equal(closed_kv(read_again, layer), rounded)
+        recent = torch.cat([read_again._sink[layer], read_again._recent[layer]], dim=1)
+        parts = [tokens.kv(layer, 0, CONFIG.sink_tokens), tokens.kv(layer, last, 230)]
+        assert torch.equal(recent, torch.cat(parts, dim=1))
+    # Exact passes see the same, and so do sparse ones: with a budget that covers all, both are attention over it.
+    for layer, output in enumerate(run(read_again, tokens, 240, exact=True)):
+        kv = tokens.kv(layer, 0, 240)
+        kv[:, CONFIG.sink_tokens : last] = closed_kv(session, layer)
+        close(output, exact_attention_ref(tokens.q[layer, :, 230:240], kv, scale=SCALE))
+    wide = dataclasses.replace(config, budget_tokens=400)
+    covering = new_session(device, policies.load("codes"), wide)
+    covering.expect(sentence_ends(260))
+    run(covering, tokens, 230, exact=True)
+    for layer, output in enumerate(run(covering, tokens, 231, exact=False)):
+        kv = tokens.kv(layer, 0, 231)
+        kv[:, CONFIG.sink_tokens : last] = closed_kv(session, layer)
+        close(output, exact_attention_ref(tokens.q[layer, :, 230:231], kv, scale=SCALE))
+    assert read_again.host_bytes < 0.8 * reading_bytes(tokens, device)
+
+
+def reading_bytes(tokens: Tokens, device: torch.device) -> int:
+    session = new_session(device, policies.load("codes"), CONFIG)
+    session.expect(sentence_ends(260))
+    run(session, tokens, 230, exact=True)
+    return session.host_bytes
