@@ -146,8 +146,8 @@ class Engine:
         sources = find_sources(decoding, context, first_char)
         done(decoding, finish(decoding, sources, context_tokens=len(context_ids), started_at=started_at))
 
-    def score(self, prompt: Prompt, num_scored: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities `[num_scored]` of a prompt's last tokens, and whether each is the greedy choice.
+    def logits(self, prompt: Prompt, num_scored: int) -> Tensor:
+        """Logits `[num_scored, vocabulary]` that a prompt's last tokens are drawn from, float32, on the model's device.
 
         What comes before them is read exactly; they are decoded one by one, as generation would.
         """
@@ -163,7 +163,12 @@ class Engine:
             logits += [self.stepper.step([session], [token]).clone() for token in scored[:-1]]
         logits_LV = torch.cat(logits)
         refuse_nan(logits_LV)
-        target = torch.tensor(scored, device=logits_LV.device)
+        return logits_LV
+
+    def score(self, prompt: Prompt, num_scored: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities `[num_scored]` of a prompt's last tokens, and whether each is the greedy choice."""
+        logits_LV = self.logits(prompt, num_scored)
+        target = torch.tensor(prompt.token_ids[-num_scored:], device=logits_LV.device)
         scores = logits_LV.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
         return scores.double().cpu(), (logits_LV.argmax(dim=-1) == target).cpu()
 

@@ -271,6 +271,23 @@ class LongContextLM:
         scores, greedy = self._engine.score(prompt, num_scored)
         return LogLikelihood(float(scores.sum()), bool(greedy.all()), num_scored)
 
+    def logits(self, text: str, *, context_tokens: int) -> torch.Tensor:
+        """What each token after the first `context_tokens` is drawn from, for comparing distributions.
+
+        The context is read exactly, the tokens after it are decoded one by one, as in generation.
+
+        Returns: float32 `[tokens - context_tokens, vocabulary]` on the CPU; row i is of token `context_tokens + i`.
+        Raises ValueError unless at least one token is context and one is left.
+        """
+        prompt = self._encode(text)
+        total = len(prompt.token_ids)
+        if not isinstance(context_tokens, int) or not 0 < context_tokens < total:
+            raise ValueError(
+                f"context_tokens must be a whole number from 1 to {total - 1}, one less than the text has tokens, got "
+                f"{context_tokens!r}"
+            )
+        return self._engine.logits(prompt, total - context_tokens).cpu()
+
     def _encode(self, prompt: object) -> Prompt:
         if is_chat(prompt):
             return encode_chat(self.tokenizer, prompt, self.config)  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import decode, ops, plot, retrieval_ops, rows, workload
+from benchmarks import decode, ops, plot, prefill, retrieval_ops, rows, workload
 from benchmarks.forced import Forced, Schedule, force_ref, force_triton
 from sentencekv.attention import forward
 from sentencekv.batch import LaneBatch
@@ -301,6 +302,62 @@ def test_ops_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str]
     weights = sum(row["bytes"] for row in result["rows"] if "linear" in row["op"])
     model = workload.make_model("tiny", CPU, torch.float32, 100, 0)
     assert weights == sum(p.nbytes for p in model.model.layers[0].parameters() if p.dim() == 2)
+
+
+SMALL_PREFILL = {
+    "shape": "tiny",
+    "contexts": "500,1500",
+    "policy": "moments",
+    "kv_dtype": "auto",
+    "chunk": 200,
+    "repeats": 1,
+    "dense_up_to": 500,
+    "device": "cpu",
+    "dtype": "float32",
+    "seed": 0,
+    "source_commit": "abc",
+    "save": None,
+}
+
+
+def test_prefill_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prefill.main(**{**SMALL_PREFILL, "save": tmp_path / "prefill"})
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert json.loads((tmp_path / "prefill.json").read_text()) == result
+    seen = [(row["variant"], row["context_tokens"]) for row in result["rows"]]
+    ours = [
+        ("sentencekv, cold", 500),
+        ("sentencekv, warm", 500),
+        ("sentencekv, cold", 1500),
+        ("sentencekv, warm", 1500),
+    ]
+    assert seen == [("transformers", 500), *ours]
+    for row in result["rows"]:
+        assert row["status"] == "ok"
+        assert row["times_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
+        if row["variant"] != "transformers":
+            assert (row["error"] is None) == (row["context_tokens"] > 500)
+            assert (row["error"] or 0) < 1e-3
+            # All but sink and recent tokens: 2 layers, 2 heads of 16 dimensions, K and V in float32.
+            assert row["kv_host_bytes"] > (row["context_tokens"] - 200) * 2 * 2 * 2 * 16 * 4
+    assert lines[0].startswith("| read by")
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """Counted by torch, on attention written out: it computes the half that causal attention leaves out as well."""
+    model = workload.make_model("tiny", CPU, torch.float32, 100, 0)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, 64, dtype=torch.long), logits_to_keep=1)
+    attention = 4 * 64 * 64 * 4 * 16 * 2
+    assert prefill.operations(model, 64) == counter.get_total_flops() - attention + 2 * 64 * 65 * 4 * 16 * 2
+
+
+def test_reading_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "dense", lambda model, prompt: torch.ones(1, model.config.vocab_size))
+    with pytest.raises(AssertionError, match="differ from dense"):
+        prefill.main(**SMALL_PREFILL)
 
 
 def test_ops_that_fail_their_check_are_not_timed(

@@ -291,6 +291,24 @@ def test_host_memory_is_checked_before_reading(lm: LongContextLM, prose: str) ->
     assert not calls
 
 
+@pytest.mark.parametrize("policy", ["full", "codes"])
+def test_logits_are_what_tokens_are_drawn_from(lm: LongContextLM, prose: str, policy: str) -> None:
+    lm = lm.with_config(policy=policy, budget_tokens=2048)
+    text = prose[:700]
+    ids = lm.tokenizer(text, return_tensors="pt").input_ids
+    logits = lm.logits(text, context_tokens=ids.shape[1] - 20)
+    assert logits.shape == (20, lm.model.config.vocab_size)
+    with torch.inference_mode():
+        dense = lm.model(ids).logits[0, -21:-1]
+    torch.testing.assert_close(logits, dense, rtol=1e-3, atol=1e-3)
+    scores = logits.log_softmax(-1).gather(1, ids[0, -20:, None]).sum()
+    perplexity = lm.perplexity(text, context_tokens=ids.shape[1] - 20)
+    assert perplexity.log_likelihood == pytest.approx(float(scores), abs=1e-3)
+    for wrong in (0, ids.shape[1], -1, 2.5):
+        with pytest.raises(ValueError, match="context_tokens must be a whole number"):
+            lm.logits(text, context_tokens=wrong)
+
+
 def test_nan_weights(tokenizer: PreTrainedTokenizerFast, prose: str) -> None:
     model = make_model("llama")
     lm = LongContextLM.from_model(model, tokenizer, **SMALL)

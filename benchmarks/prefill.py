@@ -1,0 +1,269 @@
+"""Time to the first token of a long prompt and the GPU memory it takes, beside dense reading and the machine's limit.
+
+    python -m benchmarks.prefill --shape llama-8b --contexts 32768,131072
+
+Weights and prompts are random. transformers reads the prompt in one forward pass with its own cache and SDPA;
+sentencekv reads it in chunks, summarises its sentences and leaves their KV in host memory, to the last byte before the
+clock stops. The first reading takes host memory from the system (`cold`), later ones find it (`warm`). The floor is the
+arithmetic of the matrix products at the rate that the machine reaches on large ones. Before anything is timed, the
+logits of both on a short prompt are compared; and each reading's logits are compared with those of dense reading where
+that fits.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks import report
+from benchmarks.decode import TOLERANCE
+from benchmarks.workload import SHAPES, Context, config_of, make_model
+from sentencekv.config import Config
+from sentencekv.policies import load
+from sentencekv.prompts import Prompt
+from sentencekv.reading import read
+from sentencekv.session import Session
+from sentencekv.store import HostMemory
+
+CHECK_TOKENS = 2048
+CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}
+MATRIX_SIZE = {"cuda": 8192, "cpu": 512}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product; best of several."""
+    size = MATRIX_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        report.synchronize(device)
+        started_at = time.perf_counter()
+        torch.matmul(left, right)
+        report.synchronize(device)
+        seconds.append(time.perf_counter() - started_at)
+    return 2 * size**3 / min(seconds[2:])
+
+
+def operations(model: PreTrainedModel, num_tokens: int) -> int:
+    """Floating-point operations of reading so many tokens: products with all weights of the layers, causal attention,
+    and the head for the last token."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name)
+    attention = 2 * num_tokens * (num_tokens + 1) * config.num_attention_heads * head_dim * config.num_hidden_layers
+    return 2 * weights * num_tokens + attention + 2 * config.vocab_size * config.hidden_size
+
+
+def make_prompt(model: PreTrainedModel, num_tokens: int, config: Config, seed: int) -> Prompt:
+    """Random tokens in random sentences."""
+    context = Context(model, num_tokens, 0, seed)
+    ends = [end for end in context.sentence_ends(config) if end < num_tokens]
+    generator = torch.Generator().manual_seed(seed + 1)
+    ids = torch.randint(0, model.config.vocab_size, (num_tokens,), generator=generator).tolist()
+    return Prompt("", ids, np.zeros((num_tokens, 2), dtype=np.int64), [*ends, num_tokens])
+
+
+class Ours:
+    """Reading through a session, KV and all."""
+
+    def __init__(self, model: PreTrainedModel, config: Config, memory: HostMemory) -> None:
+        self._model, self._config, self._memory = model, config, memory
+        self.session: Session | None = None
+
+    def __call__(self, prompt: Prompt) -> Tensor:
+        policy = load(self._config.policy, self._config.policy_options)
+        self.session = Session(self._config, policy, self._memory, self._model.device)
+        chunk_tokens = self._config.prefill_chunk_tokens or CHUNK_TOKENS[self._model.device.type]
+        logits = read(self._model, [self.session], [prompt], chunk_tokens=chunk_tokens)
+        self.session.state()  # waits until all rows are in host memory
+        return logits
+
+
+@torch.inference_mode()
+def dense(model: PreTrainedModel, prompt: Prompt) -> Tensor:
+    """transformers: one forward pass, a cache of its own, the last token's logits."""
+    ids = torch.tensor([prompt.token_ids], device=model.device)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+
+def measure(run: Callable[[], Tensor], device: torch.device) -> tuple[dict[str, Any], Tensor | None]:
+    """Seconds, peak of GPU memory, and the logits; or why there are none."""
+    report.free(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    report.synchronize(device)
+    started_at = time.perf_counter()
+    try:
+        logits = run()
+        report.synchronize(device)
+    except torch.OutOfMemoryError:
+        return {"status": "out of GPU memory"}, None
+    except MemoryError as error:
+        return {"status": f"out of host memory: {error}"}, None
+    row: dict[str, Any] = {"status": "ok", "seconds": time.perf_counter() - started_at}
+    if device.type == "cuda":
+        row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+    return row, logits
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """As a share of the norm."""
+    return ((got - want).norm() / want.norm()).item()
+
+
+def check(model: PreTrainedModel, ours: Ours, seed: int) -> float:
+    """Relative error of ours against dense on a short prompt, in several chunks. Raises AssertionError if too large."""
+    prompt = make_prompt(model, min(CHECK_TOKENS, model.config.max_position_embeddings), Config(), seed)
+    small = Ours(model, Config(prefill_chunk_tokens=max(len(prompt.token_ids) // 3, 16)), ours._memory)
+    error = difference(small(prompt), dense(model, prompt))
+    assert error <= TOLERANCE[model.dtype], f"logits differ from dense ones by {error:.2g} of their norm"
+    return error
+
+
+def rows_of(
+    model: PreTrainedModel, ours: Ours, prompt: Prompt, floor_seconds: float, repeats: int, *, with_dense: bool
+) -> list[dict[str, Any]]:
+    """All readings of one prompt, transformers' first."""
+    rows: list[dict[str, Any]] = []
+    length, device = len(prompt.token_ids), model.device
+
+    def add(variant: str, row: dict[str, Any]) -> None:
+        row |= {"variant": variant, "context_tokens": length, "floor_seconds": floor_seconds}
+        if "seconds" in row:
+            dense_seconds = rows[0].get("seconds") if rows and with_dense else None
+            row["tokens_per_second"] = length / row["seconds"]
+            row["times_floor"] = row["seconds"] / floor_seconds
+            row["times_dense"] = row["seconds"] / dense_seconds if dense_seconds else None
+        rows.append(row)
+        seconds = f"{row['seconds']:.2f} s" if "seconds" in row else row["status"]
+        report.say(f"  {length:,}, {variant}: {seconds}")
+
+    truth: Tensor | None = None
+    if with_dense:
+        for _ in range(2):  # the first plans and tunes
+            row, truth = measure(lambda: dense(model, prompt), device)
+        add("transformers", row)
+    for number in range(1 + repeats):
+        row, logits = measure(lambda: ours(prompt), device)
+        if logits is not None and ours.session is not None:
+            row["error"] = difference(logits, truth) if truth is not None else None
+            row["kv_host_bytes"] = ours.session.host_bytes
+            row["kv_gpu_bytes"] = ours.session.device_bytes
+            row["summary_bytes"] = ours.session.summary_bytes
+        add("sentencekv, warm" if number else "sentencekv, cold", row)
+        ours.session = None
+        gc.collect()
+    return rows
+
+
+def table(rows: list[dict[str, Any]], weight_bytes: int) -> str:
+    """The figures for people; everything is in the JSON line."""
+    number = report.number_text
+    header = [
+        "read by",
+        "tokens",
+        "seconds",
+        "of dense",
+        "of floor",
+        "tokens/s",
+        "GPU peak - weights, MiB",
+        "error",
+        "status",
+    ]
+    cells = [
+        [
+            row["variant"],
+            f"{row['context_tokens']:,}",
+            number(row.get("seconds")),
+            number(row.get("times_dense")),
+            number(row.get("times_floor")),
+            number(row.get("tokens_per_second"), 0),
+            report.mib_text(row["peak_gpu_bytes"] - weight_bytes if "peak_gpu_bytes" in row else None),
+            f"{row['error']:.1e}" if row.get("error") is not None else "-",
+            row["status"],
+        ]
+        for row in rows
+    ]
+    return report.markdown_table(header, cells)
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")] = "llama-8b",
+    contexts: Annotated[str, typer.Option(help="Tokens of prompt, separated by commas.")] = "32768,131072",
+    policy: Annotated[str, typer.Option(help="Policy, or policy:option=number.")] = Config().policy,
+    kv_dtype: Annotated[str, typer.Option(help="Precision of the host tier: auto, fp8, int8 or int4.")] = "auto",
+    chunk: Annotated[int | None, typer.Option(help="Tokens of one forward pass; default as the library's.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Warm readings of each prompt.")] = 2,
+    dense_up_to: Annotated[int, typer.Option(help="Longest prompt that transformers reads.")] = 131072,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of weights, prompts and sentences.")] = 0,
+    source_commit: Annotated[str | None, typer.Option(help="Commit to record where git cannot tell.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md.")] = None,
+) -> None:
+    """Time reading over prompts of several lengths; the last line is JSON."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device was found; give --device cpu")
+    precision = getattr(torch, dtype, None)
+    if precision not in TOLERANCE:
+        raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    lengths = [int(length) for length in contexts.split(",")]
+    base = config_of(policy, Config().budget_tokens)
+    config = Config(
+        policy=base.policy,
+        policy_options=base.policy_options,
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
+        prefill_chunk_tokens=chunk,
+    )
+    report.say(f"making {shape} with random weights")
+    model = make_model(shape, where, precision, max(*lengths, CHECK_TOKENS), seed)
+    memory = HostMemory(None, pinned=where.type == "cuda")
+    ours = Ours(model, config, memory)
+    rate = matrix_rate(where, precision)
+    error = check(model, ours, seed)
+    report.say(f"logits agree to {error:.1e}; {rate / 1e12:.1f} TFLOP/s on large products")
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        prompt = make_prompt(model, length, config, seed)
+        rows += rows_of(
+            model, ours, prompt, operations(model, length) / rate, repeats, with_dense=length <= dense_up_to
+        )
+    result = {
+        "benchmark": "prefill",
+        "shape": shape,
+        "policy": policy,
+        "kv_dtype": kv_dtype,
+        "chunk_tokens": chunk or CHUNK_TOKENS[where.type],
+        "dtype": dtype,
+        "seed": seed,
+        "weight_bytes": weight_bytes,
+        "matrix_operations_per_second": rate,
+        "check_error": error,
+        "commit": source_commit or report.commit(),
+        "hardware": report.hardware(where),
+        "versions": report.versions(),
+        "rows": rows,
+    }
+    text = table(rows, weight_bytes)
+    print(text)
+    if save is not None:
+        report.save(save, result, text)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
