@@ -145,6 +145,7 @@ def main(
             f"{row.host_bytes_per_token:,.0f}",
         )
     out = Console()
+    out.width = max(out.width, 100)  # into a file as well
     out.print(table)
     result = {
         "task": "precision",

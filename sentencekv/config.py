@@ -7,6 +7,7 @@ are checked where policies are loaded, device and dtype where the model is.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -60,6 +61,10 @@ class Config:
     host_memory_bytes: int | None = None
     """Upper bound for KV kept in host memory by one LongContextLM; None: what the machine has free."""
 
+    spill_folder: str | None = None
+    """Where documents that were not used for longest go when host memory is exhausted, as files without a name that
+    vanish with them; they come back when they are asked. None: a MemoryError instead."""
+
     def __post_init__(self) -> None:
         for field in ("budget_tokens", "window_tokens", "max_sentence_tokens", "min_sentence_tokens"):
             _check_count(field, getattr(self, field), least=1)
@@ -79,6 +84,10 @@ class Config:
             raise TypeError(f"splitter must be callable or None, got {type(self.splitter).__name__}")
         if self.kv_dtype not in ("auto", "fp8", "int8", "int4"):
             raise ValueError(f"kv_dtype must be 'auto', 'fp8', 'int8' or 'int4', got {self.kv_dtype!r}")
+        if self.spill_folder is not None and not os.path.isdir(self.spill_folder):
+            raise ValueError(
+                f"spill_folder must be a directory that exists, got {self.spill_folder!r}; create it first"
+            )
         always_read = self.sink_tokens + self.window_tokens
         if self.budget_tokens <= always_read:
             raise ValueError(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import textwrap
+import time
+import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
 
@@ -16,7 +21,7 @@ from sentencekv.generation import Generation
 from sentencekv.prompts import Prompt, encode_appended, generated, section
 from sentencekv.reading import Progress
 from sentencekv.sampling import SamplingOptions, make_options
-from sentencekv.saved import Contents, save
+from sentencekv.saved import Contents, move_to_disk, save
 from sentencekv.session import Session
 
 
@@ -73,6 +78,39 @@ class Document:
         self._prompt = contents.prompt
         self._frame = contents.frame
         self._session: Session | None = contents.session
+        self._num_uses = 0
+        self.last_used_at = time.monotonic()
+        """By `time.monotonic`; of several documents, the one not used for longest is moved to disk first."""
+        engine.memory.register(self)
+
+    @property
+    def name(self) -> str:
+        """Its first words, for messages."""
+        return repr(textwrap.shorten(self.text, 40, placeholder="..."))
+
+    @property
+    def can_move(self) -> bool:
+        """Whether its KV is in host memory, all of it, and no answer and no append is under way."""
+        return self._session is not None and not self._num_uses and self._session.is_in_host_memory
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[Session]:
+        """Its session, which is not moved to disk meanwhile."""
+        session = self._contents().session
+        self._num_uses += 1
+        self.last_used_at = time.monotonic()
+        try:
+            yield session
+        finally:
+            self._num_uses -= 1
+
+    def move_to_disk(self, folder: Path) -> None:
+        """Keep the KV of its sentences in a file without a name; it comes back when something is asked.
+
+        Called when host memory is short, see `Config.spill_folder`. Raises OSError if it cannot be written; the
+        document is then as it was.
+        """
+        move_to_disk(folder / f"{uuid.uuid4().hex}.spilled", self._engine.owner, self._contents())
 
     @property
     def num_tokens(self) -> int:
@@ -107,20 +145,21 @@ class Document:
         return self._continue(text, progress, make_options(sampling)).drain()
 
     def _continue(self, text: str, progress: Progress | None, options: SamplingOptions) -> GenerationStream:
-        session = self._contents().session
+        self._contents()  # closed or not is known before the first piece is asked for
         engine = self._engine
         appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
         results: list[Generation] = []
-        pieces = engine.continue_from(
-            session,
-            self._prompt,
-            len(self._frame.before),
-            appended,
-            options,
-            progress,
-            lambda _, generation: results.append(generation),
-        )
-        return GenerationStream(pieces, results)
+        return GenerationStream(self._pieces(appended, options, progress, results), results)
+
+    def _pieces(
+        self, appended: Prompt, options: SamplingOptions, progress: Progress | None, results: list[Generation]
+    ) -> Iterator[tuple[int, str]]:
+        def done(_: Decoding, generation: Generation) -> None:
+            results.append(generation)
+
+        before, first_char = self._prompt, len(self._frame.before)
+        with self._using() as session:
+            yield from self._engine.continue_from(session, before, first_char, appended, options, progress, done)
 
     def chat(self) -> Conversation:
         """A conversation about the document: each question is asked after the ones before it and their answers.
@@ -139,11 +178,11 @@ class Document:
         """
         if not isinstance(text, str) or not text:
             raise ValueError(f"what is appended must be a non-empty string, got {text!r:.80}")
-        session = self._contents().session
         engine = self._engine
-        appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
-        session, _ = engine.append(session, self._prompt, appended, progress)
-        session.join_extents()
+        with self._using() as before:
+            appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
+            session, _ = engine.append(before, self._prompt, appended, progress)
+            session.join_extents()
         self._session = session
         self._prompt = self._prompt.followed_by(appended)
         self.text += text

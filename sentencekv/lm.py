@@ -82,7 +82,7 @@ class LongContextLM:
             names = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"the model's weights must be on one CPU or CUDA device, they are on {names}")
         check_supported(model.eval())
-        memory = HostMemory(config.host_memory_bytes, pinned=model.device.type == "cuda")
+        memory = _make_memory(config, pinned=model.device.type == "cuda")
         return cls(Engine(model, tokenizer, config, memory))
 
     def with_config(self, **changes: Any) -> LongContextLM:
@@ -90,8 +90,8 @@ class LongContextLM:
         engine = self._engine
         config = _make_config(changes, engine.config)
         memory = engine.memory
-        if config.host_memory_bytes != memory.limit_bytes:
-            memory = HostMemory(config.host_memory_bytes, pinned=memory.pinned)
+        if (config.host_memory_bytes, config.spill_folder) != (memory.limit_bytes, memory.spill_folder):
+            memory = _make_memory(config, pinned=memory.pinned)
         return LongContextLM(Engine(engine.model, engine.tokenizer, config, memory))
 
     @property
@@ -305,6 +305,10 @@ def _make_config(given: dict[str, Any], base: Config | None = None) -> Config:
     config = Config(**given) if base is None else dataclasses.replace(base, **given)
     policies.load(config.policy, config.policy_options)
     return config
+
+
+def _make_memory(config: Config, *, pinned: bool) -> HostMemory:
+    return HostMemory(config.host_memory_bytes, pinned=pinned, spill_folder=config.spill_folder)
 
 
 def _describe(value: object) -> str:

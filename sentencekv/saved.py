@@ -102,8 +102,7 @@ def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progres
         for layer in state.recent:
             for i, table in enumerate(extent.summaries(layer)):
                 tensors[f"extent{e}.summaries{i}.layer{layer}"] = Pieces.of(table)
-    for layer, recent in state.recent.items():
-        layout = Layout(recent.shape[0], recent.shape[3], recent.dtype, session.config.kv_format)
+    for layer, layout in _layouts(state, session.config).items():
         for e, extent in enumerate(state.extents):
             for s, slab in enumerate(extent.slabs):
                 for i, (dtype, shape) in enumerate(layout.shapes(slab.used_tokens)):
@@ -130,6 +129,24 @@ def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progres
         },
     }
     return write_file(path, description, tensors, progress)
+
+
+def move_to_disk(path: str | os.PathLike[str], owner: Owner, contents: Contents) -> None:
+    """Move the KV of a document's sentences to a file, which goes with the last that needs it. Raises OSError."""
+    save(path, owner, contents)
+    saved = SavedFile(path)
+    os.unlink(path)  # what is open stays readable
+    session = contents.session
+    state = session.state()
+    sizes = [[(slab.capacity_tokens, slab.used_tokens) for slab in extent.slabs] for extent in state.extents]
+    loading = _Loading(saved, session.memory, sizes, _layouts(state, session.config))
+    for e, extent in enumerate(state.extents):
+        for s, slab in enumerate(extent.slabs):
+            slab.unload(functools.partial(loading.rows, e, s))
+
+
+def _layouts(state: State, config: Config) -> dict[int, Layout]:
+    return {layer: Layout(kv.shape[0], kv.shape[3], kv.dtype, config.kv_format) for layer, kv in state.recent.items()}
 
 
 def _slab_name(extent: int, slab: int, layer: int) -> str:
@@ -173,20 +190,7 @@ def open_saved(
         return saved.read(name).to(device)
 
     recent = {layer: on_device(f"recent.layer{layer}") for layer in layers}
-    layout_of = {layer: Layout(kv.shape[0], kv.shape[3], kv.dtype, config.kv_format) for layer, kv in recent.items()}
-    loading = _Loading(saved, memory, numbers["slabs"], layout_of)
-    extents = []
-    for e, sizes in enumerate(numbers["slabs"]):
-        slabs = [
-            Slab(capacity, used, functools.partial(loading.rows, e, s)) for s, (capacity, used) in enumerate(sizes)
-        ]
-        tables: dict[int, list[Tensor]] = {}
-        for layer in layers:
-            names = (f"extent{e}.summaries{i}.layer{layer}" for i in range(2))
-            tables[layer] = [on_device(name) for name in names if name in saved]
-        extents.append(
-            Extent(memory, device, slabs, saved.read(f"extent{e}.places"), {k: v for k, v in tables.items() if v})
-        )
+    extents: list[Extent] = []
     state = State(
         num_tokens=numbers["num_tokens"],
         closed_end=numbers["closed_end"],
@@ -199,6 +203,17 @@ def open_saved(
         dense_bytes_per_token={int(layer): count for layer, count in numbers["dense_bytes_per_token"].items()},
         extents=extents,
     )
+    loading = _Loading(saved, memory, numbers["slabs"], _layouts(state, config))
+    for e, sizes in enumerate(numbers["slabs"]):
+        slabs = [
+            Slab(capacity, used, functools.partial(loading.rows, e, s)) for s, (capacity, used) in enumerate(sizes)
+        ]
+        tables: dict[int, list[Tensor]] = {}
+        for layer in layers:
+            names = (f"extent{e}.summaries{i}.layer{layer}" for i in range(2))
+            tables[layer] = [on_device(name) for name in names if name in saved]
+        places = saved.read(f"extent{e}.places")
+        extents.append(Extent(memory, device, slabs, places, {k: v for k, v in tables.items() if v}))
     session = Session.from_state(config, policy, memory, device, state)
     return Contents(whole[description["first_char"] :], prompt, Frame(**description["frame"]), session)
 

@@ -439,6 +439,12 @@ class Session:
         return sum(extent.host_bytes for extent in self._extents)
 
     @property
+    def is_in_host_memory(self) -> bool:
+        """Whether the KV of all closed sentences is there, none of it in a file that is still to be read."""
+        layers = sorted(self._recent)
+        return all(slab.layers == layers for extent in self._extents for slab in extent.slabs)
+
+    @property
     def dense_bytes(self) -> int:
         """What a dense KV cache of the same tokens takes on the device."""
         return self.num_tokens * sum(self._dense_bytes_per_token.values())

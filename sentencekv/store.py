@@ -7,11 +7,13 @@ with ordinary memory in place of pinned memory.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from sentencekv.units import format_bytes
 from triton_ops import Format, Packed, pack_kv, packed_slab, unpack_kv
 from triton_ops.pack_kv import code_width, row_bytes, scale_width
 
+_LOG = logging.getLogger(__name__)
+_NAMED = 3
+"""Holders of memory that an error message names."""
 _LARGE_SLAB_TOKENS = 16384
 _SMALL_SLAB_TOKENS = 256
 _TABLE_ROOM = 64
@@ -58,20 +63,75 @@ def host_tokens(context_tokens: int, more_tokens: int, longest: int) -> int:
     return rows
 
 
+class Holder(Protocol):
+    """Something that holds host memory and can give it up for a file."""
+
+    last_used_at: float
+    """By `time.monotonic`."""
+
+    @property
+    def name(self) -> str:
+        """What an error message calls it."""
+        ...
+
+    @property
+    def kv_host_bytes(self) -> int:
+        """Host memory that it holds."""
+        ...
+
+    @property
+    def can_move(self) -> bool:
+        """Whether it can give up what it holds: not while it is used, nor while it is coming back."""
+        ...
+
+    def move_to_disk(self, folder: Path) -> None:
+        """Keep its KV in a file there; it comes back to host memory when it is needed."""
+        ...
+
+
 class HostMemory:
     """Host memory for KV, counted and bounded; shared by the sessions of one LongContextLM.
 
-    Raises MemoryError, saying what is in use and what is needed, before it would pass the bound.
+    When it is exhausted, those who hold it and were not used for longest move to files in `spill_folder`. Without one,
+    or if that does not help, a MemoryError says what is needed, what is free, and who holds the rest.
     """
 
-    def __init__(self, limit_bytes: int | None, *, pinned: bool) -> None:
+    def __init__(self, limit_bytes: int | None, *, pinned: bool, spill_folder: str | None = None) -> None:
         self.limit_bytes = limit_bytes
         self.pinned = pinned
+        self.spill_folder = spill_folder
         self.in_use_bytes = 0
+        self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._lock = threading.RLock()  # a tensor may be released while the same thread counts another
 
+    def register(self, holder: Holder) -> None:
+        """Name it in error messages, and move it to disk when memory is short; it is not kept alive by this."""
+        self._holders.add(holder)
+
     def check(self, needed_bytes: int) -> None:
-        """Raise MemoryError if so many bytes more cannot be had."""
+        """Make room for so many bytes more, by moving others to disk if need be; raise MemoryError if there is none."""
+        if needed_bytes <= self._free_bytes(needed_bytes):
+            return
+        if self.spill_folder is not None:
+            idle = [holder for holder in self._holders if holder.kv_host_bytes and holder.can_move]
+            for holder in sorted(idle, key=lambda holder: holder.last_used_at):
+                _LOG.info("host memory is short: moving %s to %s", holder.name, self.spill_folder)
+                holder.move_to_disk(Path(self.spill_folder))
+                if needed_bytes <= self._free_bytes(needed_bytes):
+                    return
+        self._require(needed_bytes)
+
+    def _require(self, needed_bytes: int) -> None:
+        left = max(self._free_bytes(needed_bytes), 0)
+        if needed_bytes <= left:
+            return
+        bound = "" if self.limit_bytes is None else f" (host_memory_bytes is {format_bytes(self.limit_bytes)})"
+        raise MemoryError(
+            f"the context needs {format_bytes(needed_bytes)} of host memory and {format_bytes(left)} is free{bound}; "
+            f"{self._held()}: close documents, raise the bound, or read a shorter text"
+        )
+
+    def _free_bytes(self, needed_bytes: int) -> int:
         free = available_host_bytes()
         if self.pinned and needed_bytes > free:
             # torch keeps pinned memory that was freed, for reuse: ours to take, though the machine counts it as used.
@@ -79,23 +139,24 @@ class HostMemory:
             if release is not None:
                 release()
                 free = available_host_bytes()
-        if self.limit_bytes is not None:
-            free = min(free, self.limit_bytes - self.in_use_bytes)
-        if needed_bytes > free:
-            needed, left, held = map(format_bytes, (needed_bytes, max(free, 0), self.in_use_bytes))
-            bound = "" if self.limit_bytes is None else f" (host_memory_bytes is {format_bytes(self.limit_bytes)})"
-            raise MemoryError(
-                f"the context needs {needed} of host memory and {left} is free{bound}; KV of open documents holds "
-                f"{held}: close documents, raise the bound, or read a shorter text"
-            )
+        return free if self.limit_bytes is None else min(free, self.limit_bytes - self.in_use_bytes)
+
+    def _held(self) -> str:
+        held = sorted(((h.kv_host_bytes, h.name) for h in self._holders if h.kv_host_bytes), reverse=True)
+        text = f"KV of open documents holds {format_bytes(self.in_use_bytes)}"
+        if held:
+            text += f" ({', '.join(f'{name} {format_bytes(count)}' for count, name in held[:_NAMED])}"
+            text += f" and {len(held) - _NAMED} more)" if len(held) > _NAMED else ")"
+        return text
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialised host memory; counted until the returned tensor's slab is gone."""
+        """Uninitialised host memory; counted until the returned tensor is gone. Nobody moves to disk for it: that takes
+        a `check` beforehand. Any thread may call it."""
         num_bytes = dtype.itemsize
         for extent in shape:
             num_bytes *= extent
         with self._lock:
-            self.check(num_bytes)
+            self._require(num_bytes)
             self.in_use_bytes += num_bytes
         try:
             tensor = torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
@@ -191,6 +252,11 @@ class Slab:
         """How the rows of one layer look."""
         self.rows(layer)
         return self._layout_of_layer[layer]
+
+    def unload(self, load: Callable[[int], tuple[Tensor, Layout]]) -> None:
+        """Let go of all rows: `load` brings back what they are. Whoever reads them now keeps what it reads."""
+        self._load = load
+        self._rows_of_layer.clear()
 
     def allocate(self, layer: int, memory: HostMemory, layout: Layout) -> None:
         """Host memory for one layer, if it has none yet."""

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from sentencekv import LongContextLM, SavedFileError, policies
+from sentencekv import LongContextLM, SavedFileError, disk, policies
 from tests.conftest import make_model
 
 SMALL = {
@@ -208,3 +208,84 @@ def test_bfloat16_comes_back(tokenizer: PreTrainedTokenizerFast, prose: str, tmp
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, theirs)
     assert answers(opened) == answers(document)
+
+
+class TestSpill:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        (tmp_path / "spill").mkdir()
+        return tmp_path / "spill"
+
+    def test_documents_not_used_for_longest_move_to_disk(
+        self, tokenizer: PreTrainedTokenizerFast, prose: str, folder: Path
+    ) -> None:
+        """Three documents where two fit: all of them answer as if all were in memory, whichever is asked."""
+        texts = [prose[:3600], prose[3600:7200], prose[7200:10800]]
+        roomy = make_lm(tokenizer)
+        expected = [answers(roomy.read(text)) for text in texts]
+        size = max(roomy.read(text).kv_host_bytes for text in texts)
+        bound = int(2.8 * size)
+        lm = make_lm(tokenizer, host_memory_bytes=bound, spill_folder=str(folder))
+        documents = [lm.read(text) for text in texts[:2]]
+        assert all(document.kv_host_bytes for document in documents)
+        answers(documents[0])
+        documents.append(lm.read(texts[2]))
+        assert [document.kv_host_bytes > 0 for document in documents] == [True, False, True]
+        for i in (1, 0, 2, 2, 1):
+            assert answers(documents[i]) == expected[i]
+            assert documents[i].kv_host_bytes
+            gc.collect()
+            assert lm.host_bytes_in_use <= bound
+        assert list(folder.iterdir()) == [], "files have no name, so that a crash leaves none"
+        conversation = documents[0].chat()
+        conversation.ask(QUESTION, max_new_tokens=4)
+        del documents, conversation
+        gc.collect()
+        assert lm.host_bytes_in_use == 0
+
+    def test_what_is_in_use_stays(self, tokenizer: PreTrainedTokenizerFast, prose: str, folder: Path) -> None:
+        size = make_lm(tokenizer).read(prose[:4000]).kv_host_bytes
+        lm = make_lm(tokenizer, host_memory_bytes=int(1.9 * size), spill_folder=str(folder))
+        document = lm.read(prose[:4000])
+        expected = document.ask(QUESTION, max_new_tokens=16).token_ids
+        stream = document.stream(QUESTION, max_new_tokens=16)
+        next(stream)
+        with pytest.raises(MemoryError, match=r"holds .* \('.*\.\.\.' [\d.]+ [KM]iB\): close documents"):
+            lm.read(prose[4000:8000])
+        assert stream.drain().token_ids == expected
+        lm.read(prose[4000:8000])
+        assert document.kv_host_bytes == 0
+        assert document.ask(QUESTION, max_new_tokens=16).token_ids == expected
+
+    def test_forks_and_conversations_outlive_the_move(
+        self, tokenizer: PreTrainedTokenizerFast, prose: str, folder: Path
+    ) -> None:
+        """They share the slabs that move: what they were about to say, they say."""
+        lm = make_lm(tokenizer, spill_folder=str(folder))
+        document = lm.read(prose[:4000])
+        expected = answers(document)
+        first = lm.read(prose[:4000]).chat()
+        said = [first.ask(question, max_new_tokens=20).token_ids for question in ("Who?", "When?")]
+        fork, conversation = document.fork(), document.chat()
+        assert conversation.ask("Who?", max_new_tokens=20).token_ids == said[0]
+        document.move_to_disk(folder)
+        assert document.kv_host_bytes == fork.kv_host_bytes == 0
+        assert conversation.ask("When?", max_new_tokens=20).token_ids == said[1]
+        assert answers(fork) == expected
+        assert answers(document) == expected
+
+    def test_a_full_disk_leaves_the_document(
+        self, tokenizer: PreTrainedTokenizerFast, prose: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lm = make_lm(tokenizer, spill_folder=str(folder))
+        document = lm.read(prose[:4000])
+        held, expected = document.kv_host_bytes, answers(document)
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: disk.shutil._ntuple_diskusage(10, 8, 2))
+        with pytest.raises(OSError, match="2 B are free"):
+            document.move_to_disk(folder)
+        assert document.kv_host_bytes == held
+        assert answers(document) == expected
+
+    def test_the_folder_must_exist(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="spill_folder must be a directory that exists"):
+            make_lm(tokenizer, spill_folder=str(tmp_path / "no"))
