@@ -169,30 +169,53 @@ class LongContextLM:
         pieces = self._engine.generate([self._encode(prompt)], make_options(sampling), progress, results)
         return GenerationStream(pieces, results)
 
-    def read(self, text: str, *, chat: bool | None = None, progress: Progress | None = None) -> Document:
+    @overload
+    def read(self, text: str, *, chat: bool | None = ..., progress: Progress | None = ...) -> Document: ...
+
+    @overload
+    def read(self, text: list[str], *, chat: bool | None = ..., progress: Progress | None = ...) -> list[Document]: ...
+
+    def read(
+        self, text: str | Sequence[str], *, chat: bool | None = None, progress: Progress | None = None
+    ) -> Document | list[Document]:
         """Read a document once; many questions can be asked of it.
 
         Args:
-            text: the document.
+            text: the document, or a list of them, which are read together: short ones share a forward pass.
             chat: put document and question in one user turn of the tokenizer's chat template; None: if it has one.
-            progress: called with tokens read and tokens in all.
+            progress: called with tokens read and tokens in all. What it raises ends the reading, and nothing is kept.
+
+        Returns: one `Document`, or a list for a list of texts.
 
         Raises:
             TypeError, ValueError: not a text, empty, or longer than the model's positions.
             MemoryError: its KV does not fit in host memory; known before reading starts.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"a document must be a string, got {_describe(text)}")
-        if not text.strip():
-            raise ValueError("the document is empty; give a text with at least one word")
+        single = isinstance(text, str)
+        if not single and (not isinstance(text, Sequence) or not text):
+            raise TypeError(f"a document must be a string, or a list of strings, got {_describe(text)}")
+        texts = [text] if isinstance(text, str) else list(text)
+        for each in texts:
+            if not isinstance(each, str):
+                raise TypeError(f"a document must be a string, got {_describe(each)}")
+            if not each.strip():
+                raise ValueError("the document is empty; give a text with at least one word")
         engine = self._engine
         frame = document_frame(engine.tokenizer, chat=chat)
         started_at = time.perf_counter()
-        prompt = encode(engine.tokenizer, frame.before + text, engine.config, special_tokens=frame.special_tokens)
-        engine.check_fits([prompt], new_tokens=0)
-        session = engine.session()
-        engine.read([session], [prompt], progress)
-        return Document(engine, Contents(text, prompt, frame, session), time.perf_counter() - started_at)
+        prompts = [
+            encode(engine.tokenizer, frame.before + each, engine.config, special_tokens=frame.special_tokens)
+            for each in texts
+        ]
+        engine.check_fits(prompts, new_tokens=0)
+        sessions = [engine.session() for _ in prompts]
+        engine.read(sessions, prompts, progress)
+        seconds = time.perf_counter() - started_at
+        documents = [
+            Document(engine, Contents(each, prompt, frame, session), seconds)
+            for each, prompt, session in zip(texts, prompts, sessions, strict=True)
+        ]
+        return documents[0] if single else documents
 
     def open(self, path: str | os.PathLike[str]) -> Document:
         """Take up a document that `Document.save` wrote, without reading it again; its answers are the same.

@@ -256,7 +256,7 @@ def test_bad_documents_and_questions(lm: LongContextLM, prose: str) -> None:
         with pytest.raises(ValueError, match="the document is empty"):
             lm.read(text)
     with pytest.raises(TypeError, match="must be a string"):
-        lm.read(["a"])  # type: ignore[arg-type]
+        lm.read(b"a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no chat template"):
         lm.read(prose[:100], chat=True)
     with lm.read(prose[:300]) as document:
@@ -281,6 +281,47 @@ def test_bad_settings(lm: LongContextLM, tokenizer: PreTrainedTokenizerFast, tmp
         lm.loglikelihood("context", "")
     with pytest.raises(TypeError, match="PreTrainedModel"):
         LongContextLM.from_model("pocket", tokenizer)  # type: ignore[arg-type]
+
+
+def test_documents_read_together(lm: LongContextLM, prose: str) -> None:
+    """The same answers as each read by itself, and each is freed by itself."""
+    texts = [prose[:1500], prose[1500:1600], "A boat.", prose[2000:3300]]
+    seen: list[tuple[int, int]] = []
+    documents = lm.read(texts, progress=lambda done, total: seen.append((done, total)))
+    assert [document.text for document in documents] == texts
+    total = sum(document.num_tokens for document in documents)
+    assert seen[-1] == (total, total)
+    assert len(seen) < sum(-(-document.num_tokens // 100) for document in documents), "short ones share a pass"
+    for document, text in zip(documents, texts, strict=True):
+        alone = lm.read(text)
+        assert document.num_sentences == alone.num_sentences
+        assert document.ask("Who?", max_new_tokens=12).token_ids == alone.ask("Who?", max_new_tokens=12).token_ids
+    del document, alone
+    held = lm.host_bytes_in_use
+    documents.pop(0).close()
+    gc.collect()
+    assert 0 < lm.host_bytes_in_use < held
+    for wrong in ([], 3, ["a", 3]):
+        with pytest.raises(TypeError, match="a document must be a string"):
+            lm.read(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the document is empty"):
+        lm.read(["a", " "])
+
+
+def test_reading_that_is_cancelled_leaves_nothing(lm: LongContextLM, prose: str) -> None:
+    gc.collect()
+    held = lm.host_bytes_in_use
+
+    def cancel(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    for texts in (prose[:3000], [prose[:1500], prose[1500:3000]]):
+        with pytest.raises(KeyboardInterrupt):
+            lm.read(texts, progress=cancel)
+        gc.collect()
+        assert lm.host_bytes_in_use == held
+    assert lm.read(prose[:600]).ask("Who?", max_new_tokens=4).token_ids
 
 
 def test_host_memory_is_checked_before_reading(lm: LongContextLM, prose: str) -> None:
