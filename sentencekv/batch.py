@@ -23,8 +23,11 @@ class LaneBatch:
     can be replayed.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, fetch_in_attention: bool = False) -> None:
+        """`fetch_in_attention`: attention reads misses from host memory itself, where they are not in fewer bits, in
+        place of a launch of its own before it."""
         self.policy = policy
+        self._fetch_in_attention = fetch_in_attention
         self._lanes: Lanes | None = None
         self._seated: list[tuple[int, int]] = []
         self._room_tokens = 0
@@ -93,10 +96,12 @@ class LaneBatch:
         lanes = self._lanes
         q_BAH, k_BNH, v_BNH = (tensor.transpose(0, 1) for tensor in (q_ALH, k_NLH, v_NLH))
         selected = resolved = None
+        fetches = self._fetch_in_attention and lanes.kv_format is None
         if sliding_window is None and self.policy.reads == "selected" and lanes.most_selected:
             selected = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=self._room_tokens)
             resolved = resolve_hot_set(selected, lanes, layer)
-            gather_kv(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
+            if not fetches:
+                gather_kv(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
         output_BAH = sparse_decode(
             q_BAH,
             k_BNH,
@@ -108,6 +113,7 @@ class LaneBatch:
             scale=scale,
             sliding=sliding_window is not None,
             softcap=softcap,
+            fetch=fetches,
         )
         return output_BAH.transpose(0, 1)
 

@@ -48,18 +48,30 @@ class Stepper:
     as some mixtures of experts do) is run eagerly, and a warning says so once.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, *, graph: bool = True, fuse: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        *,
+        graph: bool = True,
+        fuse: bool = True,
+        layers: FusedLayers | None = None,
+        fetch_in_attention: bool = False,
+    ) -> None:
         """
         Args:
             graph: False runs every step eagerly, as where there is no GPU.
             fuse: False leaves the model's own layers as they are.
+            layers: those of the model, if they were looked at already.
+            fetch_in_attention: see `LaneBatch`; of recorded steps.
         """
         self._model = model
         self._policy = policy
         self._fuse = fuse
+        self._fetch_in_attention = fetch_in_attention
         self._recording_of: dict[int, _Recording] = {}
         self._pool: Any = None
-        self._fused: FusedLayers | None = None
+        self._fused = layers
         self.num_recorded = 0
         """Graphs recorded so far, those recorded again included."""
         self.records = graph and model.device.type == "cuda" and policy.reads != "everything"
@@ -79,7 +91,8 @@ class Stepper:
         recording = self._recording_of.get(num_lanes)
         if recording is None:
             inputs_of = Mirrored((2, num_lanes), torch.int64, self._model.device)
-            recording = _Recording(LaneBatch(self._policy), inputs_of)
+            batch = LaneBatch(self._policy, fetch_in_attention=self._fetch_in_attention)
+            recording = _Recording(batch, inputs_of)
             self._recording_of[num_lanes] = recording
         for session in sessions:
             session.begin(1, exact=False)

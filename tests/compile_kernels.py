@@ -156,7 +156,8 @@ def sparse_decode(shape: Shape) -> None:
     q = queries(lanes, shape)
     k, v = (random_heads(lanes, shape.heads, shape.dim, shape.dtype) for _ in range(2))
     softcap = 50.0 if shape.dim == 256 else None
-    sparse_decode_triton(q, k, v, lanes, 0, *chosen(lanes), scale=0.1, softcap=softcap)
+    for fetch in (False, True):
+        sparse_decode_triton(q, k, v, lanes, 0, *chosen(lanes), scale=0.1, softcap=softcap, fetch=fetch)
     if shape.group == 4:
         sparse_decode_triton(q, k, v, lanes, 1, None, None, scale=0.1, sliding=True)
 

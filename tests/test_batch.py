@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib
+import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -170,8 +171,8 @@ def use_ops(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> Cal
 
     def use(kind: str) -> None:
         for name in triton_ops.__all__:
-            if not name[0].islower():
-                continue
+            if importlib.util.find_spec(f"triton_ops.{name}") is None:
+                continue  # not an op
             own = importlib.import_module(f"triton_ops.{name}")
             # The kernel's weights are in half precision, so near ties may turn: it scores in both runs.
             op = getattr(own, f"{name}_{'triton' if name == 'score_codes' else kind}", None)
@@ -182,11 +183,19 @@ def use_ops(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> Cal
     return use
 
 
-@pytest.mark.parametrize("name", LANE_POLICIES)
+@pytest.mark.parametrize(
+    ("name", "fetches", "kv_dtype"),
+    [*((name, False, "auto") for name in LANE_POLICIES), ("moments", True, "auto"), ("moments", True, "int8")],
+)
 def test_kernels_and_references_decode_alike(
-    name: str, use_ops: Callable[[str], None], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    fetches: bool,
+    kv_dtype: str,
+    use_ops: Callable[[str], None],
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two ragged sessions and an empty lane, until sentences have closed."""
+    """Two ragged sessions and an empty lane, until sentences have closed; misses by a launch or by attention."""
     if kernel_device.type == "cpu":
         # The interpreter takes as long for a program that has nothing to do.
         for module in ("score_codes", "score_sentences", "sparse_decode"):
@@ -197,9 +206,10 @@ def test_kernels_and_references_decode_alike(
     for kind in ("ref", "triton"):
         use_ops(kind)
         sessions = [
-            reading_session(t, start, name, budget_tokens=32) for t, start in zip(all_tokens, starts, strict=True)
+            reading_session(t, start, name, budget_tokens=32, kv_dtype=kv_dtype)
+            for t, start in zip(all_tokens, starts, strict=True)
         ]
-        batch = LaneBatch(sessions[0].policy)
+        batch = LaneBatch(sessions[0].policy, fetch_in_attention=fetches)
         before = [session.num_sentences for session in sessions]
         outputs = [step(batch, sessions, all_tokens, num_lanes=3)[1] for _ in range(4)]
         assert [session.num_sentences for session in sessions] > before

@@ -21,6 +21,8 @@ from sentencekv.store import HostMemory
 
 CPU = torch.device("cpu")
 
+_AT_ALL_CONTEXTS = ("transformers", "full, resident, graph", "graph, fused")
+
 SMALL: dict[str, Any] = {
     "shape": "tiny",
     "contexts": "600",
@@ -70,7 +72,7 @@ def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[s
         assert done["relative_error"] < 1e-5 < done["control_relative_error"]
 
     found = {(decode.label(row), row["context_tokens"], row["batch"]): row for row in result["rows"]}
-    assert len(found) == len(result["rows"]) == 2 * (4 + 2 * 2 * 3) + 2
+    assert len(found) == len(result["rows"]) == 2 * (4 + 2 * 2 * 3) + 3
     skipped = {label: row["status"] for (label, _, _), row in found.items() if row["status"] != "ok"}
     assert skipped == {
         "transformers, offloaded": "skipped: offloading needs a GPU",
@@ -85,7 +87,7 @@ def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[s
             assert row["kv_gpu_bytes"] > 0
             assert row["relative_error"] is None or row["relative_error"] < 1e-5
             assert (row["relative_error"] is None) == (row["variant"] == "transformers")
-            assert ("times_shortest" in row) == (row["variant"] not in ("eager", "graph, modules as they are"))
+            assert ("times_shortest" in row) == (row["variant"] in _AT_ALL_CONTEXTS)
     one, three = (found["moments 256, hit 0.85, graph, fused", 900, batch] for batch in (1, 3))
     assert one["hot_bytes"] + one["summary_bytes"] + one["resident_bytes"] + one["table_bytes"] == one["kv_gpu_bytes"]
     assert one["kv_host_bytes"] == three["kv_host_bytes"] > found["transformers", 900, 1]["kv_host_bytes"] == 0

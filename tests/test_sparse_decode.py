@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.lanes import DTYPES, assert_as_good, fetch, random_batch, random_heads, random_lengths, random_selection
 from triton_ops import Lanes
+from triton_ops.resolve_hot_set import resolve_hot_set_ref
 from triton_ops.sparse_decode import sparse_decode, sparse_decode_ref, sparse_decode_triton
 
 Op = Callable[..., Tensor]
@@ -35,8 +36,12 @@ def random_step(
     layer: int = 0,
     softcap: float | None = None,
     seed: int = 0,
+    fetched: bool = False,
 ) -> Step:
-    """Queries and a new token for each lane, a selection in the hot set, and the truth by brute force."""
+    """Queries and a new token for each lane, a selection in the hot set, and the truth by brute force.
+
+    `fetched`: its misses are still in host memory, and it is the op that brings them.
+    """
     heads, dim = lanes.num_kv_heads, lanes.lanes[0].resident_kv[layer].shape[3]
     q = 2 * random_heads(lanes, heads * group, dim, dtype, seed)
     k, v = (random_heads(lanes, heads, dim, dtype, seed + i) for i in (1, 2))
@@ -44,7 +49,7 @@ def random_step(
     selected = resolved = None
     if counts is not None:
         selected = random_selection(lanes, counts, seed)
-        resolved = fetch(lanes, layer, selected)
+        resolved = resolve_hot_set_ref(selected, lanes, layer) if fetched else fetch(lanes, layer, selected)
     sliding = layer == SLIDING
     outputs, shares = [], []
     for b, lane in enumerate(lanes.lanes):
@@ -76,7 +81,7 @@ def random_step(
     output = torch.stack(outputs).view(len(lanes.lanes), heads * group, dim)
     return Step(
         (q, k, v, lanes, layer, selected, resolved),
-        {"scale": scale, "softcap": softcap, "sliding": sliding},
+        {"scale": scale, "softcap": softcap, "sliding": sliding, "fetch": fetched},
         output,
         torch.cat(shares),
     )
@@ -143,6 +148,9 @@ def check_kernel(make: Callable[[], tuple[Lanes, Step]]) -> None:
         allowed = 2 * (shares(twins).double() - step.share).abs().max() + 1e-6
         assert (shares(lanes).double() - step.share).abs().max() <= allowed
     assert_new_token_is_kept(before, step)
+    for lane, twin in zip(lanes.lanes, twins.lanes, strict=True):
+        if layer in lane.hot_kv:
+            torch.testing.assert_close(lane.hot_kv[layer], twin.hot_kv[layer], rtol=0, atol=0, equal_nan=True)
     assert all((table == 0).all() for table in lanes._scratch_of.values()), "ready for the next launch"
 
 
@@ -186,6 +194,32 @@ def test_kernel(
         )
         return lanes, random_step(lanes, group, dtype, [row[:heads] for row in counts], softcap=softcap)
 
+    check_kernel(make)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "slot_tokens"), [(16, 8), (80, 8), (128, 32), (256, 8)])
+def test_kernel_that_fetches(
+    dim: int, slot_tokens: int, dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hits and misses side by side over several slabs; what was missed is in its slot afterwards, and nothing else."""
+    monkeypatch.setattr(importlib.import_module("triton_ops.sparse_decode"), "_ROWS_FETCHED", 32)
+    lengths = [[random_lengths(6, slot_tokens), [], [3] * 3], [[slot_tokens, 1]], []]
+    options = {"heads": 2, "dim": dim, "dtype": dtype, "slots": 9, "slot_tokens": slot_tokens, "slab_tokens": 48}
+
+    def make() -> tuple[Lanes, Step]:
+        lanes = random_batch(lengths, kernel_device, residents=[70, 5, 0], **options)
+        # Some of what the second step selects is there already.
+        fetch(lanes, 0, random_selection(lanes, [[4, 3], [1, 0], [0, 0]], seed=5))
+        for lane in lanes.lanes:
+            lane.step += 1
+        lanes.count()
+        return lanes, random_step(lanes, 3, dtype, [[9, 2], [1, 2], [0, 0]], fetched=True)
+
+    _, step = make()
+    miss = step.arguments[6].miss_BNK
+    assert 0 < miss.sum() < 14, "some are hits, some are not"
     check_kernel(make)
 
 

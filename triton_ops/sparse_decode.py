@@ -6,21 +6,28 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
+from triton_ops.gather_kv import gather_kv_ref
 from triton_ops.lanes import (
     HOT,
     NUM_RESIDENT,
     NUM_SLOTS,
+    PLACE,
+    PLACE_ROW,
+    PLACE_SLAB,
     POSITION,
     RESIDENT,
     RESIDENT_ROWS,
     SHARE,
+    SLABS,
     Lanes,
     element_type,
 )
 from triton_ops.resolve_hot_set import Resolved
 
 _ROWS = 128
-"""Tokens that one program reads at a time, in slots or resident, and no more than so many bytes:"""
+_ROWS_FETCHED = 64
+"""Tokens that one program reads at a time, in slots or resident, and where some come from host memory (addresses of
+their own take registers); and no more than so many bytes:"""
 _MOST_BYTES = 128 << 10
 _PROGRAMS = 528
 """Programs to aim at: a step's latency is what counts, so few of them should have more than one block to read."""
@@ -40,6 +47,7 @@ def sparse_decode_ref(
     scale: float,
     sliding: bool = False,
     softcap: float | None = None,
+    fetch: bool = False,
 ) -> Tensor:
     """softmax(q k^T) v over the selected sentences, the resident tokens and the new one, as one softmax: `[B, A, H]`.
 
@@ -53,7 +61,10 @@ def sparse_decode_ref(
         selected_BNK, resolved: int32 ids of the selected sentences, and where they are; None: none are.
         sliding: whether this is a sliding-window layer, whose resident tokens are a ring.
         scale: multiplies the logits; softcap: `softcap * tanh(logit / softcap)` after it (Gemma 2).
+        fetch: misses are not in their slots yet; they are read from host memory, and written there (`gather_kv`).
     """
+    if fetch and selected_BNK is not None and resolved is not None:
+        gather_kv_ref(selected_BNK, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
     output = torch.zeros_like(q_BAH)
     num_kv_heads, head_dim = k_BNH.shape[1:]
     for b, lane in enumerate(lanes.lanes):
@@ -116,6 +127,7 @@ def _sparse_decode_kernel(
     selected_ptr,
     slot_ptr,
     length_ptr,
+    miss_ptr,
     number_ptr,
     output_ptr,
     partial_ptr,
@@ -151,6 +163,7 @@ def _sparse_decode_kernel(
     MERGED_COLUMNS: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     RING: tl.constexpr,
+    FETCH: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -179,6 +192,10 @@ def _sparse_decode_kernel(
     if split < SLOT_SPLITS:
         hot_ptr = tl.multiple_of(tl.load(address_ptr + HOT).to(tl.pointer_type(DTYPE)), 16)
         hot_ptr += n.to(tl.int64) * tl.load(count_ptr + NUM_SLOTS) * (SLOT_TOKENS * ROW)
+        if FETCH:
+            miss_ptr += head * most_selected
+            place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32))
+            slabs_ptr = tl.load(address_ptr + SLABS).to(tl.pointer_type(tl.int64))
         row = tl.arange(0, SLOTS * SLOT_BLOCK)
         token = row % SLOT_BLOCK
         number = tl.load(number_ptr + head)
@@ -187,10 +204,26 @@ def _sparse_decode_kernel(
             slot = tl.load(slot_ptr + k, mask=k < number, other=0)
             length = tl.load(length_ptr + k, mask=k < number, other=0)
             valid = token < length
-            kv_ptr = hot_ptr + ((slot.to(tl.int64) * SLOT_TOKENS + token) * ROW)[:, None] + h[None, :]
+            row_ptr = hot_ptr + (slot.to(tl.int64) * SLOT_TOKENS + token) * ROW
             mask = valid[:, None] & in_head[None, :]
+            slot_kv_ptr = row_ptr[:, None] + h[None, :]
+            missed = tl.zeros((SLOTS * SLOT_BLOCK,), tl.int1)
+            if FETCH:
+                missed = tl.load(miss_ptr + k, mask=k < number, other=0) != 0
+                sentence = tl.load(selected_ptr + head * most_selected + k, mask=missed, other=0).to(tl.int64)
+                slab = tl.load(place_ptr + sentence * 4 + PLACE_SLAB, mask=missed, other=0)
+                first_row = tl.load(place_ptr + sentence * 4 + PLACE_ROW, mask=missed, other=0)
+                capacity = tl.load(slabs_ptr + slab * 2 + 1, mask=missed, other=0)
+                slab_ptr = tl.load(slabs_ptr + slab * 2, mask=missed, other=0).to(tl.pointer_type(DTYPE))
+                row_ptr = tl.where(missed, slab_ptr + (n * capacity + first_row + token) * ROW, row_ptr)
+                row_ptr = tl.multiple_of(row_ptr, 16)
+            kv_ptr = row_ptr[:, None] + h[None, :]
             key = tl.load(kv_ptr, mask=mask, other=0.0)
             value = tl.load(kv_ptr + HEAD_DIM, mask=mask, other=0.0)
+            if FETCH:
+                fetched = mask & missed[:, None]
+                tl.store(slot_kv_ptr, key, mask=fetched)
+                tl.store(slot_kv_ptr + HEAD_DIM, value, mask=fetched)
             logit = _logits(q, key, scale, softcap, SOFTCAP, PRECISION)
             logit = tl.where(valid[None, :], logit, float("-inf"))
             now = tl.maximum(highest, tl.max(logit, axis=1))
@@ -307,6 +340,7 @@ def sparse_decode_triton(
     scale: float,
     sliding: bool = False,
     softcap: float | None = None,
+    fetch: bool = False,
 ) -> Tensor:
     """Attention over slots and resident tokens, by one kernel: partial results, merged by the last program to end."""
     batch, num_heads, head_dim = q_BAH.shape
@@ -319,7 +353,7 @@ def sparse_decode_triton(
     most_selected = 0 if resolved is None else resolved.slot_BNK.shape[2]
     slot_block = triton.next_power_of_2(lanes.slot_tokens)
     head_block = max(16, triton.next_power_of_2(head_dim))
-    rows = min(_ROWS, max(16, _MOST_BYTES // (2 * head_block * dtype.itemsize)))
+    rows = min(_ROWS_FETCHED if fetch else _ROWS, max(16, _MOST_BYTES // (2 * head_block * dtype.itemsize)))
     slots = max(1, rows // slot_block)
     programs = max(1, _PROGRAMS // (num_kv_heads * batch))
     slot_splits = _even_splits(triton.cdiv(most_selected, slots), programs)
@@ -329,10 +363,11 @@ def sparse_decode_triton(
     most_merged = max(1, _MERGED_NUMBERS // columns)
     never_read = lanes.count_of
     where = (
-        (never_read, never_read, never_read)
+        (never_read, never_read, never_read, never_read)
         if resolved is None
-        else (resolved.slot_BNK, resolved.length_BNK, resolved.count_BN)
+        else (resolved.slot_BNK, resolved.length_BNK, resolved.miss_BNK, resolved.count_BN)
     )
+    assert not fetch or lanes.kv_format is None, "host memory holds codes: gather_kv unpacks them"
     output = torch.empty((batch, num_heads, head_dim), dtype=dtype, device=device)
     partial = torch.empty((batch * num_heads * splits * head_dim,), dtype=torch.float32, device=device)
     extent = torch.empty((batch * num_heads * splits * 2,), dtype=torch.float32, device=device)
@@ -381,6 +416,7 @@ def sparse_decode_triton(
         MERGED_COLUMNS=columns,
         SELECTED_BLOCK=triton.next_power_of_2(max(most_selected, 1)),
         RING=sliding,
+        FETCH=fetch and resolved is not None,
         SOFTCAP=softcap is not None,
         PRECISION="ieee" if dtype == torch.float32 else "tf32",
         DTYPE=element_type(dtype),
@@ -405,7 +441,9 @@ def sparse_decode(
     scale: float,
     sliding: bool = False,
     softcap: float | None = None,
+    fetch: bool = False,
 ) -> Tensor:
     """Attention of one new token over slots and resident tokens; see `sparse_decode_ref`."""
     op = sparse_decode_triton if q_BAH.is_cuda else sparse_decode_ref
-    return op(q_BAH, k_BNH, v_BNH, lanes, layer, selected_BNK, resolved, scale=scale, sliding=sliding, softcap=softcap)
+    given = (q_BAH, k_BNH, v_BNH, lanes, layer, selected_BNK, resolved)
+    return op(*given, scale=scale, sliding=sliding, softcap=softcap, fetch=fetch)
