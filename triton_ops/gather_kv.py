@@ -1,5 +1,7 @@
 """Missing sentences from host memory into their hot-set slots."""
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -112,12 +114,17 @@ def _gather_packed_kv_kernel(
     NUMBERS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     INT4: tl.constexpr,
     FP8: tl.constexpr,
     DTYPE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """As `_gather_kv_kernel`, from codes and scales of each head's rows to numbers in the slot."""
+    """As `_gather_kv_kernel`, from codes and scales of each head's rows to numbers in the slot.
+
+    CHUNK: bytes whose lower halves are of one group of dimensions, and their upper halves of one.
+    """
     k, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wait_for_inputs(EARLY)
     entry = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected + k
@@ -139,25 +146,33 @@ def _gather_packed_kv_kernel(
         num_slots = tl.load(count_ptr + b * num_count + NUM_SLOTS)
         hot_ptr = tl.multiple_of(tl.load(address_ptr + HOT).to(tl.pointer_type(DTYPE)), 16)
         hot_ptr += (n.to(tl.int64) * num_slots + slot) * (SLOT_TOKENS * 2 * HEAD_DIM)
-        # A row is a key or a value: two for each token.
-        m = tl.arange(0, 2 * SLOT_BLOCK)[:, None]
-        w = tl.arange(0, WIDTH_BLOCK)[None, :]
-        mask = (m < 2 * length) & (w < WIDTH)
-        code = tl.load(code_ptr + m * WIDTH + w, mask=mask, other=0)
-        target_ptr = hot_ptr + m * HEAD_DIM + w
+        # A row is a key or a value: two for each token. Scales are loaded once for all numbers that share them.
+        m = tl.arange(0, 2 * SLOT_BLOCK)
+        in_rows = m < 2 * length
         if INT4:
-            lower_ptr = scale_ptr + m * NUMBERS + 2 * (w // GROUP)
-            upper_ptr = scale_ptr + m * NUMBERS + 2 * ((w + WIDTH) // GROUP)
-            step = tl.load(lower_ptr, mask=mask, other=0.0).to(tl.float32)
-            low = tl.load(lower_ptr + 1, mask=mask, other=0.0).to(tl.float32)
-            upper_step = tl.load(upper_ptr, mask=mask, other=0.0).to(tl.float32)
-            upper_low = tl.load(upper_ptr + 1, mask=mask, other=0.0).to(tl.float32)
-            tl.store(target_ptr, ((code & 15).to(tl.float32) * step + low).to(DTYPE), mask=mask)
-            upper = (code >> 4).to(tl.float32) * upper_step + upper_low
+            c = tl.arange(0, CHUNKS)
+            w = c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+            in_chunks = in_rows[:, None] & (c * CHUNK < WIDTH)[None, :]
+            mask = in_rows[:, None, None] & (w < WIDTH)[None, :, :]
+            code = tl.load(code_ptr + m[:, None, None] * WIDTH + w[None, :, :], mask=mask, other=0)
+            target_ptr = hot_ptr + m[:, None, None] * HEAD_DIM + w[None, :, :]
+            lower_ptr = scale_ptr + m[:, None] * NUMBERS + (2 * (c * CHUNK // GROUP))[None, :]
+            upper_ptr = scale_ptr + m[:, None] * NUMBERS + (2 * ((c * CHUNK + WIDTH) // GROUP))[None, :]
+            step = tl.load(lower_ptr, mask=in_chunks, other=0.0).to(tl.float32)[:, :, None]
+            low = tl.load(lower_ptr + 1, mask=in_chunks, other=0.0).to(tl.float32)[:, :, None]
+            lower = (code & 15).to(tl.float32) * step + low
+            tl.store(target_ptr, lower.to(DTYPE), mask=mask)
+            step = tl.load(upper_ptr, mask=in_chunks, other=0.0).to(tl.float32)[:, :, None]
+            low = tl.load(upper_ptr + 1, mask=in_chunks, other=0.0).to(tl.float32)[:, :, None]
+            upper = (code >> 4).to(tl.float32) * step + low
             tl.store(target_ptr + WIDTH, upper.to(DTYPE), mask=mask)
         else:
-            scale = tl.load(scale_ptr + m, mask=m < 2 * length, other=0.0).to(tl.float32)
-            tl.store(target_ptr, (number_of_code(code, FP8) * scale).to(DTYPE), mask=mask)
+            w = tl.arange(0, WIDTH_BLOCK)
+            mask = in_rows[:, None] & (w < WIDTH)[None, :]
+            code = tl.load(code_ptr + m[:, None] * WIDTH + w[None, :], mask=mask, other=0)
+            scale = tl.load(scale_ptr + m, mask=in_rows, other=0.0).to(tl.float32)
+            number = number_of_code(code, FP8) * scale[:, None]
+            tl.store(hot_ptr + m[:, None] * HEAD_DIM + w[None, :], number.to(DTYPE), mask=mask)
 
 
 def gather_kv_triton(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, lanes: Lanes, layer: int) -> None:
@@ -180,6 +195,7 @@ def gather_kv_triton(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, l
     )
     if lanes.kv_format is not None:
         width = code_width(head_dim, lanes.kv_format)
+        chunk = math.gcd(width, GROUP)
         _gather_packed_kv_kernel[grid](
             *given,
             NUM_KV_HEADS=num_kv_heads,
@@ -191,6 +207,8 @@ def gather_kv_triton(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, l
             NUMBERS=scale_width(head_dim, lanes.kv_format),
             ROW_BYTES=row_bytes(head_dim, lanes.kv_format),
             GROUP=GROUP,
+            CHUNK=chunk,
+            CHUNKS=triton.next_power_of_2(triton.cdiv(width, chunk)),
             INT4=lanes.kv_format == "int4",
             FP8=lanes.kv_format == "fp8",
             DTYPE=element_type(hot_kv.dtype),
