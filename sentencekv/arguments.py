@@ -35,6 +35,7 @@ PolicyOptions = Annotated[
 Budget = Annotated[int, typer.Option("--budget", help="Context tokens that one KV head may read at one step.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+KvDtype = Annotated[str, typer.Option("--kv-dtype", help="KV in host memory and files: auto, fp8, int8 or int4.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens of one answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own warnings.")]
@@ -70,6 +71,7 @@ def load_model(
     budget: int,
     policy_options: list[str] | None,
     sampling: dict[str, Any] | None = None,
+    kv_dtype: str = "auto",
 ) -> LongContextLM:
     """The model under a configuration; `sampling` is checked before it is loaded."""
     from transformers.utils import logging as transformers_logging
@@ -85,7 +87,13 @@ def load_model(
     err = make_console(stderr=True)
     with err.status(f"loading {one_line(model)}"):
         return LongContextLM.from_pretrained(
-            model, device=device, dtype=dtype, policy=policy, policy_options=options, budget_tokens=budget
+            model,
+            device=device,
+            dtype=dtype,
+            policy=policy,
+            policy_options=options,
+            budget_tokens=budget,
+            kv_dtype=kv_dtype,
         )
 
 

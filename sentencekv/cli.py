@@ -204,6 +204,7 @@ def ask(
     model: arguments.Model = "pocket",
     device: arguments.Device = "auto",
     dtype: arguments.Dtype = "auto",
+    kv_dtype: arguments.KvDtype = "auto",
     debug: arguments.Debug = False,
 ) -> None:
     """Answer one question about a text; the answer goes to standard output."""
@@ -211,7 +212,7 @@ def ask(
         raise ValueError("the question is empty; ask for something that the text may say")
     loaded = arguments.load(file)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling)
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling, kv_dtype)
     document, loaded = arguments.take_up(lm, file, loaded, question, max_new_tokens)
     err = make_console(stderr=True)
     if as_json:
@@ -236,14 +237,17 @@ def read(
     model: arguments.Model = "pocket",
     device: arguments.Device = "auto",
     dtype: arguments.Dtype = "auto",
+    kv_dtype: arguments.KvDtype = "auto",
     debug: arguments.Debug = False,
 ) -> None:
     """Read a text once and save what was read, for `ask` and `chat` to open."""
     loaded = arguments.load(file)
     if loaded is None:
         raise ValueError(f"{file!r} was read and saved already; give it to ask or chat")
-    check_can_save(saved)
-    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option)
+    target = check_can_save(saved)
+    if target == Path(file).expanduser().resolve():
+        raise ValueError(f"{saved!r} is the text itself; name another file to save to")
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, None, kv_dtype)
     document = arguments.read(lm, loaded)
     err = make_console(stderr=True)
     with ReadingProgress(err, "saving", "MiB", patience=2) as progress:
@@ -265,6 +269,7 @@ def chat(
     model: arguments.Model = "pocket",
     device: arguments.Device = "auto",
     dtype: arguments.Dtype = "auto",
+    kv_dtype: arguments.KvDtype = "auto",
     debug: arguments.Debug = False,
 ) -> None:
     """Read a text once and answer question after question about it."""
@@ -272,7 +277,7 @@ def chat(
         raise ValueError("chat takes its questions from standard input, so '-' cannot be the text; save it to a file")
     loaded = arguments.load(file)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling)
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling, kv_dtype)
     document, loaded = arguments.take_up(lm, file, loaded, "", max_new_tokens)
     err = make_console(stderr=True)
     asked: Document | Conversation = document

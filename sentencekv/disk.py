@@ -211,8 +211,10 @@ class SavedFile:
     Raises SavedFileError for what is no such file or was damaged, FileNotFoundError and PermissionError.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], kind: str | None = None, version: int | None = None) -> None:
+        """`kind`, `version`: what `description` must have under these names; None: anything."""
         self.name = str(path)
+        self._kind, self._version = kind, version
         target = Path(path).expanduser()
         if target.is_dir():
             raise IsADirectoryError(f"{self.name!r} is a directory, not a saved document")
@@ -236,12 +238,19 @@ class SavedFile:
             raise foreign
         try:
             metadata = json.loads(os.pread(self._descriptor, length, 8))["__metadata__"]
-            content, checksum = metadata["sentencekv"], metadata["crc32"]
+            content, checksum = str(metadata["sentencekv"]), metadata["crc32"]
         except (ValueError, KeyError, TypeError):
             raise foreign from None
         if f"{zlib.crc32(content.encode()):08x}" != checksum:
             raise self._damaged("its description does not match its checksum")
         description = json.loads(content)
+        if self._kind is not None and description.get("kind") != self._kind:
+            raise foreign
+        if self._version is not None and description.get("version") != self._version:
+            raise SavedFileError(
+                f"{self.name!r} has version {description.get('version')} of its format, and this release reads version "
+                f"{self._version}; read the document again and save it"
+            )
         self._layout: dict[str, list[Any]] = description.pop("tensors")
         self._first = 8 + length
         expected = self._first + sum(self.num_bytes_of(name) for name in self._layout)

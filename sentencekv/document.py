@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import textwrap
 import time
@@ -22,7 +21,6 @@ from sentencekv.prompts import Prompt, encode_appended, generated, section
 from sentencekv.reading import Progress
 from sentencekv.sampling import SamplingOptions, make_options
 from sentencekv.saved import Contents, move_to_disk, save
-from sentencekv.session import Session
 
 
 class Sampling(TypedDict, total=False):
@@ -71,38 +69,50 @@ class Document:
 
     def __init__(self, engine: Engine, contents: Contents, seconds_to_read: float) -> None:
         """Use `LongContextLM.read` or `LongContextLM.open`."""
-        self.text = contents.text
         self.seconds_to_read = seconds_to_read
         """What reading it took, or opening its file."""
         self._engine = engine
-        self._prompt = contents.prompt
-        self._frame = contents.frame
-        self._session: Session | None = contents.session
-        self._num_uses = 0
+        self._contents = contents
+        self._closed = False
         self.last_used_at = time.monotonic()
         """By `time.monotonic`; of several documents, the one not used for longest is moved to disk first."""
         engine.memory.register(self)
 
+    def _open(self) -> Contents:
+        if self._closed:
+            raise ValueError("the document is closed; read it again")
+        self.last_used_at = time.monotonic()
+        return self._contents
+
+    @property
+    def text(self) -> str:
+        """The document's text, with all that was appended."""
+        return self._contents.text
+
+    @property
+    def num_tokens(self) -> int:
+        """Context tokens, those of the template before the document included."""
+        return len(self._contents.prompt.token_ids)
+
+    @property
+    def num_sentences(self) -> int:
+        """Sentences that the document was cut into."""
+        return len(self._contents.prompt.ends)
+
+    @property
+    def kv_host_bytes(self) -> int:
+        """Host memory that its KV takes; 0 when closed, and for a saved one before anything was asked of it."""
+        return self._contents.session.host_bytes
+
     @property
     def name(self) -> str:
         """Its first words, for messages."""
-        return repr(textwrap.shorten(self.text, 40, placeholder="..."))
+        return repr(textwrap.shorten(self.text[:200], 40, placeholder="..."))
 
     @property
     def can_move(self) -> bool:
-        """Whether its KV is in host memory, all of it, and no answer and no append is under way."""
-        return self._session is not None and not self._num_uses and self._session.is_in_host_memory
-
-    @contextlib.contextmanager
-    def _using(self) -> Iterator[Session]:
-        """Its session, which is not moved to disk meanwhile."""
-        session = self._contents().session
-        self._num_uses += 1
-        self.last_used_at = time.monotonic()
-        try:
-            yield session
-        finally:
-            self._num_uses -= 1
+        """Whether its KV is in host memory, all of it, and no answer and no append that needs it is under way."""
+        return not self._closed and self._contents.session.can_move
 
     def move_to_disk(self, folder: Path) -> None:
         """Keep the KV of its sentences in a file without a name; it comes back when something is asked.
@@ -110,22 +120,7 @@ class Document:
         Called when host memory is short, see `Config.spill_folder`. Raises OSError if it cannot be written; the
         document is then as it was.
         """
-        move_to_disk(folder / f"{uuid.uuid4().hex}.spilled", self._engine.owner, self._contents())
-
-    @property
-    def num_tokens(self) -> int:
-        """Context tokens, those of the template before the document included."""
-        return len(self._prompt.token_ids)
-
-    @property
-    def num_sentences(self) -> int:
-        """Sentences that the document was cut into."""
-        return len(self._prompt.ends)
-
-    @property
-    def kv_host_bytes(self) -> int:
-        """Host memory that its KV takes; 0 when closed, and for a saved one before anything was asked of it."""
-        return self._session.host_bytes if self._session is not None else 0
+        move_to_disk(folder / f"{uuid.uuid4().hex}.spilled", self._engine.owner, self._contents)
 
     def ask(self, question: str, *, progress: Progress | None = None, **sampling: Unpack[Sampling]) -> Generation:
         """Answer a question about the document. The question's own tokens attend to all of it, exactly."""
@@ -135,8 +130,8 @@ class Document:
         self, question: str, *, progress: Progress | None = None, **sampling: Unpack[Sampling]
     ) -> GenerationStream:
         """As `ask`, piece by piece."""
-        appended = self._frame.between + _checked(question) + self._frame.after
-        return self._continue(appended, progress, make_options(sampling))
+        frame = self._open().frame
+        return self._continue(frame.between + _checked(question) + frame.after, progress, make_options(sampling))
 
     def complete(
         self, text: str = "\n", *, progress: Progress | None = None, **sampling: Unpack[Sampling]
@@ -145,28 +140,22 @@ class Document:
         return self._continue(text, progress, make_options(sampling)).drain()
 
     def _continue(self, text: str, progress: Progress | None, options: SamplingOptions) -> GenerationStream:
-        self._contents()  # closed or not is known before the first piece is asked for
-        engine = self._engine
-        appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
+        engine, (_, prompt, frame, session) = self._engine, self._open()
+        appended = encode_appended(engine.tokenizer, prompt.text, text, engine.config)
         results: list[Generation] = []
-        return GenerationStream(self._pieces(appended, options, progress, results), results)
 
-    def _pieces(
-        self, appended: Prompt, options: SamplingOptions, progress: Progress | None, results: list[Generation]
-    ) -> Iterator[tuple[int, str]]:
         def done(_: Decoding, generation: Generation) -> None:
             results.append(generation)
 
-        before, first_char = self._prompt, len(self._frame.before)
-        with self._using() as session:
-            yield from self._engine.continue_from(session, before, first_char, appended, options, progress, done)
+        pieces = engine.continue_from(session, prompt, len(frame.before), appended, options, progress, done)
+        return GenerationStream(pieces, results)
 
     def chat(self) -> Conversation:
         """A conversation about the document: each question is asked after the ones before it and their answers.
 
         Raises ValueError if the tokenizer's chat template allows one question only, or rewrites what was said before.
         """
-        return Conversation(self._engine, self._contents())
+        return Conversation(self, self._engine, self._open())
 
     def append(self, text: str, *, progress: Progress | None = None) -> None:
         """Add text at the document's end; what was read before is not read again.
@@ -178,18 +167,17 @@ class Document:
         """
         if not isinstance(text, str) or not text:
             raise ValueError(f"what is appended must be a non-empty string, got {text!r:.80}")
-        engine = self._engine
-        with self._using() as before:
-            appended = encode_appended(engine.tokenizer, self._prompt.text, text, engine.config)
-            session, _ = engine.append(before, self._prompt, appended, progress)
-            session.join_extents()
-        self._session = session
-        self._prompt = self._prompt.followed_by(appended)
-        self.text += text
+        engine, contents = self._engine, self._open()
+        appended = encode_appended(engine.tokenizer, contents.prompt.text, text, engine.config)
+        session, _ = engine.append(contents.session, contents.prompt, appended, progress)
+        session.join_extents()
+        if self._contents is not contents:
+            raise RuntimeError("the document was closed or appended to while this text was read; append it again")
+        self._contents = Contents(contents.text + text, contents.prompt.followed_by(appended), contents.frame, session)
 
     def fork(self) -> Document:
         """The same document once more, sharing what was read; what is appended to one, the other does not see."""
-        contents = self._contents()
+        contents = self._open()
         return Document(self._engine, contents._replace(session=contents.session.fork()), self.seconds_to_read)
 
     def save(self, path: str | os.PathLike[str], *, progress: Written | None = None) -> int:
@@ -202,16 +190,12 @@ class Document:
 
         Returns its bytes. Raises OSError if it cannot be written; ValueError if the document is closed.
         """
-        return save(path, self._engine.owner, self._contents(), progress)
-
-    def _contents(self) -> Contents:
-        if self._session is None:
-            raise ValueError("the document is closed; read it again")
-        return Contents(self.text, self._prompt, self._frame, self._session)
+        return save(path, self._engine.owner, self._open(), progress)
 
     def close(self) -> None:
         """Free the document's memory; answers under way keep what they need until they end. Closing twice is fine."""
-        self._session = None
+        self._closed = True
+        self._contents = self._contents._replace(session=self._engine.session())
 
     def __enter__(self) -> Self:
         return self
@@ -225,26 +209,26 @@ class Document:
 class Conversation:
     """Questions about a document, each asked after the ones before it and their answers. Use `Document.chat`.
 
-    Nothing is read twice: a question's tokens and those of its answer stay. An answer whose stream was not read to its
-    end is not part of the conversation, and neither is its question.
+    Nothing is read twice: a question's tokens and those of its answer stay, a stop string and what came with it too. An
+    answer whose stream was not read to its end is not part of the conversation, and neither is its question.
     """
 
-    def __init__(self, engine: Engine, contents: Contents) -> None:
+    def __init__(self, document: Document, engine: Engine, contents: Contents) -> None:
         if contents.frame.next is None:
             raise ValueError(
                 "the tokenizer's chat template allows one question only, or rewrites what was said before, so a "
                 "conversation cannot go on from what was read; ask single questions, or read with chat=False"
             )
+        self._document = document
+        """Most of what the conversation reads is the document's: as long as it is there, that can be moved to disk."""
         self._engine = engine
-        self._frame = contents.frame
-        self._session = contents.session
-        self._prompt = contents.prompt
+        self._contents = contents
         self._num_answers = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the document and of all that was said about it."""
-        return len(self._prompt.token_ids)
+        return len(self._contents.prompt.token_ids)
 
     def ask(self, question: str, *, progress: Progress | None = None, **sampling: Unpack[Sampling]) -> Generation:
         """Answer the next question. Characters of `sources` count from the document's beginning, through all turns."""
@@ -253,32 +237,43 @@ class Conversation:
     def stream(
         self, question: str, *, progress: Progress | None = None, **sampling: Unpack[Sampling]
     ) -> GenerationStream:
-        """As `ask`, piece by piece."""
-        options = make_options(sampling)
-        engine, frame = self._engine, self._frame
-        before = frame.next if self._num_answers else frame.between
-        assert before is not None
-        text = before + _checked(question) + frame.after
-        prompt = self._prompt.followed_by(encode_appended(engine.tokenizer, self._prompt.text, text, engine.config))
+        """As `ask`, piece by piece; the question is asked when the first piece is.
+
+        Raises RuntimeError at its end if another question was answered meanwhile: this one is then not remembered.
+        """
         results: list[Generation] = []
+        return GenerationStream(self._pieces(_checked(question), progress, make_options(sampling), results), results)
+
+    def _pieces(
+        self, question: str, progress: Progress | None, options: SamplingOptions, results: list[Generation]
+    ) -> Iterator[tuple[int, str]]:
+        engine, contents = self._engine, self._contents
+        frame, before = contents.frame, contents.prompt
+        self._document.last_used_at = time.monotonic()
+        between = frame.next if self._num_answers else frame.between
+        assert between is not None
+        asked = encode_appended(engine.tokenizer, before.text, between + question + frame.after, engine.config)
+        prompt = before.followed_by(asked)
 
         def done(decoding: Decoding, generation: Generation) -> None:
+            if self._contents is not contents:
+                raise RuntimeError("another question was answered meanwhile; ask one after the other")
             self._remember(prompt, decoding)
             results.append(generation)
 
         # The last token of an answer was drawn and not read: it is read with the next question.
-        num_read = self._session.num_tokens
+        num_read = contents.session.num_tokens
         read, unread = section(prompt, 0, num_read, []), section(prompt, num_read, len(prompt.token_ids), [])
-        pieces = engine.continue_from(self._session, read, len(frame.before), unread, options, progress, done)
-        return GenerationStream(pieces, results)
+        session, first_char = contents.session, len(frame.before)
+        yield from engine.continue_from(session, read, first_char, unread, options, progress, done)
 
     def _remember(self, prompt: Prompt, decoding: Decoding) -> None:
         engine = self._engine
         said = decoding.token_ids[:-1] if decoding.drew_stop_id else decoding.token_ids
         decoding.end_sentence()
         decoding.session.join_extents()
-        self._session = decoding.session
-        self._prompt = prompt.followed_by(generated(engine.tokenizer, said, prompt.token_ids, engine.config))
+        whole = prompt.followed_by(generated(engine.tokenizer, said, prompt.token_ids, engine.config))
+        self._contents = self._contents._replace(prompt=whole, session=decoding.session)
         self._num_answers += 1
 
 

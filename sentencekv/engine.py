@@ -62,8 +62,11 @@ class Engine:
         num_layers = sum(kind != "sliding_attention" for kind in kinds)
         return num_layers * heads * Layout(heads, head_dim, self.model.dtype, self.config.kv_format).row_bytes
 
-    def check_fits(self, prompts: Sequence[Prompt], new_tokens: int, before: int = 0) -> None:
-        """Raise ValueError or MemoryError unless prompts, each after `before` tokens, fit positions and host memory."""
+    def check_fits(self, prompts: Sequence[Prompt], new_tokens: int, before: int = 0, more_bytes: int = 0) -> None:
+        """Raise ValueError or MemoryError unless prompts, each after `before` tokens, fit positions and host memory.
+
+        `more_bytes`: of host memory, for what else will come there.
+        """
         longest = max(len(prompt.token_ids) for prompt in prompts)
         if min(len(prompt.token_ids) for prompt in prompts) == 0:
             raise ValueError("the prompt has no tokens; give at least one character that the tokenizer knows")
@@ -87,7 +90,7 @@ class Engine:
             else host_tokens(len(prompt.token_ids), new_tokens, longest_sentence)
             for prompt in prompts
         ]
-        self.memory.check(sum(rows) * self.kv_bytes_per_token())
+        self.memory.check(sum(rows) * self.kv_bytes_per_token() + more_bytes)
 
     def session(self) -> Session:
         """A new, empty session."""
@@ -123,9 +126,11 @@ class Engine:
 
         `new_tokens`: how many will be generated after it, for the check that they fit.
         """
-        self.check_fits([appended], new_tokens, before=len(context.token_ids))
-        session = base.fork()
-        return session, self.read([session], [appended], progress)
+        with base.using_host_memory():
+            num_before = len(context.token_ids)
+            self.check_fits([appended], new_tokens, before=num_before, more_bytes=base.unloaded_bytes)
+            session = base.fork()
+            return session, self.read([session], [appended], progress)
 
     def continue_from(
         self,
@@ -139,10 +144,11 @@ class Engine:
     ) -> Iterator[tuple[int, str]]:
         """Append a prompt to a session's fork and continue; as `generate` for one, and `done` takes the result."""
         started_at = time.perf_counter()
-        session, logits = self.append(base, context, appended, progress, options.max_new_tokens)
         context_ids = context.token_ids + appended.token_ids
-        decoding = self._decoding(session, context_ids, options)
-        yield from decode(self.stepper, [decoding], logits)
+        with base.using_host_memory():
+            session, logits = self.append(base, context, appended, progress, options.max_new_tokens)
+            decoding = self._decoding(session, context_ids, options)
+            yield from decode(self.stepper, [decoding], logits)
         sources = find_sources(decoding, context, first_char)
         done(decoding, finish(decoding, sources, context_tokens=len(context_ids), started_at=started_at))
 

@@ -72,6 +72,8 @@ def check_can_save(name: str | os.PathLike[str]) -> Path:
     if not path.parent.is_dir():
         raise cannot_save(name, errno.ENOENT, f"there is no directory {str(path.parent)!r}; create it first")
     target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise cannot_save(name, errno.EINVAL, "it is a device or a pipe, not a file")
     if not os.access(target.parent, os.W_OK):
         raise cannot_save(name, errno.EACCES, f"nothing may be written to {str(target.parent)!r}")
     return target

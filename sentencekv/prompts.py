@@ -56,6 +56,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, config: Config, *, spe
             f"{type(tokenizer).__name__} is not a fast tokenizer; sentencekv needs character offsets: "
             "convert it to a tokenizer.json"
         )
+    _check_unicode(text)
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False)
+    token_ids = list(encoded["input_ids"])
+    spans = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return _with_sentences(text, token_ids, spans, config)
+
+
+def _check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -63,10 +71,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, config: Config, *, spe
             f"the prompt is not valid Unicode text: {error.reason} at character {error.start}; decode the file with "
             "its own encoding, or with errors='replace'"
         ) from None
-    encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False)
-    token_ids = list(encoded["input_ids"])
-    spans = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    return _with_sentences(text, token_ids, spans, config)
 
 
 def _with_sentences(text: str, token_ids: list[int], spans: np.ndarray, config: Config) -> Prompt:
@@ -86,6 +90,7 @@ def encode_appended(tokenizer: PreTrainedTokenizerBase, before: str, text: str, 
     Some tokenizers put a space before whatever they are given; tokenised behind the end of `before`, a text gets none
     that is not there. Where a token would reach across, the text is tokenised by itself.
     """
+    _check_unicode(text)
     anchor = before[-_ANCHOR_CHARACTERS:]
     encoded = tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
@@ -183,8 +188,9 @@ def generated(
     pieces = [stream.add(token) for token in token_ids]
     if pieces:
         pieces[-1] += stream.finish()
-    stops = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-    spans = np.stack([stops - [len(piece) for piece in pieces], stops], axis=1).reshape(-1, 2)
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    stops = lengths.cumsum()
+    spans = np.stack([stops - lengths, stops], axis=1)
     return Prompt("".join(pieces), list(token_ids), spans, _ends_of(pieces, config))
 
 

@@ -8,15 +8,17 @@ Knows sessions, prompts and what tells models and tokenizers apart; nothing of h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,11 +111,9 @@ def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progres
                     parts = functools.partial(_heads, slab, layer, i)
                     tensors[_slab_name(e, s, layer) + _SUFFIXES[i]] = Pieces(dtype, shape, parts)
     description = {
-        "kind": _KIND,
-        "version": _VERSION,
         "model": {"type": type(owner.model).__name__, "weights": owner.weights, "dtype": str(owner.model.dtype)},
         "vocabulary": owner.vocabulary,
-        "settings": {name: getattr(session.config, name) for name in _FIXED},
+        "settings": _settings(session.config, session.policy),
         "frame": dataclasses.asdict(frame),
         "first_char": len(prompt.text) - len(text),
         "session": {
@@ -128,21 +128,24 @@ def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progres
             "slabs": [[[slab.capacity_tokens, slab.used_tokens] for slab in e.slabs] for e in state.extents],
         },
     }
-    return write_file(path, description, tensors, progress)
+    return write_file(path, {"kind": _KIND, "version": _VERSION, **description}, tensors, progress)
 
 
 def move_to_disk(path: str | os.PathLike[str], owner: Owner, contents: Contents) -> None:
     """Move the KV of a document's sentences to a file, which goes with the last that needs it. Raises OSError."""
-    save(path, owner, contents)
-    saved = SavedFile(path)
-    os.unlink(path)  # what is open stays readable
+    try:
+        save(path, owner, contents)
+        saved = SavedFile(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # what is open stays readable
     session = contents.session
     state = session.state()
-    sizes = [[(slab.capacity_tokens, slab.used_tokens) for slab in extent.slabs] for extent in state.extents]
-    loading = _Loading(saved, session.memory, sizes, _layouts(state, session.config))
+    loading = _Loading(saved, session.memory, _layouts(state, session.config))
     for e, extent in enumerate(state.extents):
         for s, slab in enumerate(extent.slabs):
             slab.unload(functools.partial(loading.rows, e, s))
+            loading.add(e, s, slab)
 
 
 def _layouts(state: State, config: Config) -> dict[int, Layout]:
@@ -169,17 +172,10 @@ def open_saved(
 
     Raises SavedFileError if the file is damaged, or of another model, tokenizer, dtype or configuration.
     """
-    saved = SavedFile(path)
+    saved = SavedFile(path, kind=_KIND, version=_VERSION)
     description = saved.description
-    if description.get("kind") != _KIND:
-        raise SavedFileError(f"{saved.name!r} is not a document that sentencekv saved")
-    if description["version"] != _VERSION:
-        raise SavedFileError(
-            f"{saved.name!r} has version {description['version']} of the format, this is version {_VERSION}; read the "
-            "document again and save it"
-        )
     _check_owner(saved, owner)
-    _check_settings(saved, config)
+    _check_settings(saved, _settings(config, policy))
     device = owner.model.device
     whole = bytes(saved.read("text").numpy()).decode()
     prompt = Prompt(whole, saved.read("token_ids").tolist(), saved.read("spans").numpy(), saved.read("ends").tolist())
@@ -203,11 +199,13 @@ def open_saved(
         dense_bytes_per_token={int(layer): count for layer, count in numbers["dense_bytes_per_token"].items()},
         extents=extents,
     )
-    loading = _Loading(saved, memory, numbers["slabs"], _layouts(state, config))
+    layout_of = _layouts(state, config)
+    loading = _Loading(saved, memory, layout_of)
     for e, sizes in enumerate(numbers["slabs"]):
-        slabs = [
-            Slab(capacity, used, functools.partial(loading.rows, e, s)) for s, (capacity, used) in enumerate(sizes)
-        ]
+        slabs = []
+        for s, (capacity, used) in enumerate(sizes):
+            slabs.append(Slab(capacity, used, functools.partial(loading.rows, e, s), layout_of))
+            loading.add(e, s, slabs[s])
         tables: dict[int, list[Tensor]] = {}
         for layer in layers:
             names = (f"extent{e}.summaries{i}.layer{layer}" for i in range(2))
@@ -240,48 +238,61 @@ def _check_owner(saved: SavedFile, owner: Owner) -> None:
         raise SavedFileError(f"{saved.name!r} was made with another tokenizer; open it with the tokenizer that read it")
 
 
-def _check_settings(saved: SavedFile, config: Config) -> None:
-    settings = saved.description["settings"]
-    different = {name: settings[name] for name in _FIXED if settings[name] != getattr(config, name)}
+def _settings(config: Config, policy: Policy) -> dict[str, Any]:
+    """Those that shape what a document holds, options that were left out included; as JSON has them."""
+    settings = {name: getattr(config, name) for name in _FIXED} | {"policy_options": dataclasses.asdict(policy)}
+    return dict(json.loads(json.dumps(settings)))
+
+
+def _check_settings(saved: SavedFile, ours: dict[str, Any]) -> None:
+    theirs = saved.description["settings"]
+    different = [name for name in _FIXED if theirs[name] != ours[name]]
     if different:
-        given = ", ".join(f"{name}={value!r}" for name, value in different.items())
-        ours = ", ".join(f"{name}={getattr(config, name)!r}" for name in different)
+        given, now = (", ".join(f"{name}={each[name]!r}" for name in different) for each in (theirs, ours))
         raise SavedFileError(
-            f"{saved.name!r} was read under {given}, and this is {ours}; open it with lm.with_config({given}), or read "
-            "the document again"
+            f"{saved.name!r} was read under {given}, and this is {now}; open it under the same settings "
+            f"(lm.with_config({given}), or the options of the command line), or read the document again"
         )
 
 
 class _Loading:
     """The slabs of a file on their way to host memory: from when the first is asked for, layer after layer."""
 
-    def __init__(
-        self,
-        saved: SavedFile,
-        memory: HostMemory,
-        sizes: Sequence[Sequence[Sequence[int]]],
-        layout_of: Mapping[int, Layout],
-    ) -> None:
-        """`sizes`: of the slabs of each extent, capacity and used rows; `layout_of`: by layer, in the order of need."""
+    def __init__(self, saved: SavedFile, memory: HostMemory, layout_of: Mapping[int, Layout]) -> None:
+        """`layout_of`: by layer, in the order in which they are needed."""
         self._saved, self._memory = saved, memory
         self._layout_of = layout_of
-        self._missing = {
-            _slab_name(e, s, layer): (layout, capacity, used)
-            for layer, layout in layout_of.items()
-            for e, slabs in enumerate(sizes)
-            for s, (capacity, used) in enumerate(slabs)
-        }
-        """What was not handed over yet."""
-        self._futures: dict[str, Future[Tensor]] = {}
-        self._lock = threading.Lock()
+        self._missing: dict[tuple[int, int, int], tuple[int, int]] = {}
+        """Layer, extent and slab of what was not handed over yet; capacity and used rows."""
+        self._futures: dict[tuple[int, int, int], Future[Tensor]] = {}
+        self._lock = threading.RLock()  # a slab may be given up while the same thread counts another
 
-    def rows(self, extent: int, slab: int, layer: int) -> tuple[Tensor, Layout]:
-        """Rows of one slab and layer, in host memory; waits until they are there. What was given once is not again."""
-        name = _slab_name(extent, slab, layer)
+    def add(self, extent: int, slab_number: int, slab: Slab) -> None:
+        """Have a slab loaded when it is needed, while anybody holds it."""
+        for layer in self._layout_of:
+            self._missing[layer, extent, slab_number] = (slab.capacity_tokens, slab.used_tokens)
+        weakref.finalize(slab, self._forget, extent, slab_number)
+
+    def _forget(self, extent: int, slab: int) -> None:
         with self._lock:
-            if name not in self._futures:
+            for layer in self._layout_of:
+                self._hand_over((layer, extent, slab))
+
+    def _hand_over(self, key: tuple[int, int, int]) -> None:
+        self._missing.pop(key, None)
+        future = self._futures.pop(key, None)
+        if future is not None:
+            future.cancel()
+        if not self._missing:
+            self._saved.close()
+
+    def rows(self, extent: int, slab: int, layer: int) -> Tensor:
+        """Rows of one slab and layer, in host memory; waits until they are there. What was given once is not again."""
+        key = (layer, extent, slab)
+        with self._lock:
+            if key not in self._futures:
                 self._start()
-            future = self._futures[name]
+            future = self._futures[key]
         try:
             rows = future.result()
         except BaseException:
@@ -290,18 +301,18 @@ class _Loading:
                 self._futures = {}  # whoever asks next tries anew: memory may have become free
             raise
         with self._lock:
-            del self._futures[name], self._missing[name]
-            if not self._missing:
-                self._saved.close()
-        return rows, self._layout_of[layer]
+            self._hand_over(key)
+        return rows
 
     def _start(self) -> None:
-        needed = (layout.num_heads * layout.row_bytes * capacity for layout, capacity, _ in self._missing.values())
-        self._memory.check(sum(needed))
+        wanted = sorted(self._missing)
+        self._memory.check(sum(self._layout_of[key[0]].num_bytes(self._missing[key][0]) for key in wanted))
         executor = ThreadPoolExecutor(_READERS, thread_name_prefix="sentencekv-read")
         self._stop = weakref.finalize(self, executor.shutdown, wait=False, cancel_futures=True)
-        for name, what in self._missing.items():
-            self._futures[name] = executor.submit(_load, self._saved, self._memory, name, *what)
+        for layer, extent, slab in wanted:
+            key, name = (layer, extent, slab), _slab_name(extent, slab, layer)
+            what = (self._layout_of[layer], *self._missing[key])
+            self._futures[key] = executor.submit(_load, self._saved, self._memory, name, *what)
         executor.shutdown(wait=False)  # the threads end when all is read
 
 

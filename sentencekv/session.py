@@ -14,9 +14,10 @@ exact one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -438,11 +439,28 @@ class Session:
         """KV of closed sentences in host memory, unused rows and shared parts included."""
         return sum(extent.host_bytes for extent in self._extents)
 
+    @contextlib.contextmanager
+    def using_host_memory(self) -> Iterator[None]:
+        """What is in host memory now stays there inside: nobody moves it to disk."""
+        slabs = [slab for extent in self._extents for slab in extent.slabs]
+        for slab in slabs:
+            slab.num_uses += 1
+        try:
+            yield
+        finally:
+            for slab in slabs:
+                slab.num_uses -= 1
+
     @property
-    def is_in_host_memory(self) -> bool:
-        """Whether the KV of all closed sentences is there, none of it in a file that is still to be read."""
-        layers = sorted(self._recent)
-        return all(slab.layers == layers for extent in self._extents for slab in extent.slabs)
+    def can_move(self) -> bool:
+        """Whether the KV of all closed sentences is in host memory, and nobody uses any of it."""
+        slabs = [slab for extent in self._extents for slab in extent.slabs]
+        return not any(slab.num_uses or slab.unloaded_bytes for slab in slabs)
+
+    @property
+    def unloaded_bytes(self) -> int:
+        """Host memory that KV in files will take when it is needed."""
+        return sum(slab.unloaded_bytes for extent in self._extents for slab in extent.slabs)
 
     @property
     def dense_bytes(self) -> int:

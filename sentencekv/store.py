@@ -112,16 +112,20 @@ class HostMemory:
         """Make room for so many bytes more, by moving others to disk if need be; raise MemoryError if there is none."""
         if needed_bytes <= self._free_bytes(needed_bytes):
             return
+        failure: OSError | None = None
         if self.spill_folder is not None:
             idle = [holder for holder in self._holders if holder.kv_host_bytes and holder.can_move]
             for holder in sorted(idle, key=lambda holder: holder.last_used_at):
-                _LOG.info("host memory is short: moving %s to %s", holder.name, self.spill_folder)
-                holder.move_to_disk(Path(self.spill_folder))
+                try:
+                    holder.move_to_disk(Path(self.spill_folder))
+                except OSError as error:
+                    _LOG.warning("host memory is short, and %s cannot move to disk: %s", holder.name, error)
+                    failure = error
                 if needed_bytes <= self._free_bytes(needed_bytes):
                     return
-        self._require(needed_bytes)
+        self._require(needed_bytes, failure)
 
-    def _require(self, needed_bytes: int) -> None:
+    def _require(self, needed_bytes: int, failure: OSError | None = None) -> None:
         left = max(self._free_bytes(needed_bytes), 0)
         if needed_bytes <= left:
             return
@@ -129,7 +133,7 @@ class HostMemory:
         raise MemoryError(
             f"the context needs {format_bytes(needed_bytes)} of host memory and {format_bytes(left)} is free{bound}; "
             f"{self._held()}: close documents, raise the bound, or read a shorter text"
-        )
+        ) from failure
 
     def _free_bytes(self, needed_bytes: int) -> int:
         free = available_host_bytes()
@@ -142,10 +146,10 @@ class HostMemory:
         return free if self.limit_bytes is None else min(free, self.limit_bytes - self.in_use_bytes)
 
     def _held(self) -> str:
-        held = sorted(((h.kv_host_bytes, h.name) for h in self._holders if h.kv_host_bytes), reverse=True)
+        held = sorted(((h.kv_host_bytes, h) for h in self._holders if h.kv_host_bytes), key=lambda each: -each[0])
         text = f"KV of open documents holds {format_bytes(self.in_use_bytes)}"
         if held:
-            text += f" ({', '.join(f'{name} {format_bytes(count)}' for count, name in held[:_NAMED])}"
+            text += f" ({', '.join(f'{holder.name} {format_bytes(count)}' for count, holder in held[:_NAMED])}"
             text += f" and {len(held) - _NAMED} more)" if len(held) > _NAMED else ")"
         return text
 
@@ -188,6 +192,10 @@ class Layout:
             return 2 * self.head_dim * self.dtype.itemsize
         return row_bytes(self.head_dim, self.kv_format)
 
+    def num_bytes(self, capacity: int) -> int:
+        """Of so many rows of all heads."""
+        return self.num_heads * capacity * self.row_bytes
+
     def allocate(self, memory: HostMemory, capacity: int) -> Tensor:
         """Host memory for so many rows of all heads."""
         if self.kv_format is None:
@@ -224,39 +232,51 @@ class Layout:
 class Slab:
     """A fixed run of token rows in host memory, one tensor per layer, made when first written.
 
-    A layer's tensor is `[N, capacity, 2, H]`, or as `packed_slab` has it. `load`: where the rows of a full slab come
-    from when a layer's are first asked for; None: they were written here.
+    A layer's tensor is `[N, capacity, 2, H]`, or as `packed_slab` has it. `load`: where the rows of a layer come from
+    when they are first asked for, and `layout_of`: how they look; None: they were written here.
     """
 
     def __init__(
-        self, capacity_tokens: int, used_tokens: int = 0, load: Callable[[int], tuple[Tensor, Layout]] | None = None
+        self,
+        capacity_tokens: int,
+        used_tokens: int = 0,
+        load: Callable[[int], Tensor] | None = None,
+        layout_of: Mapping[int, Layout] | None = None,
     ) -> None:
         self.capacity_tokens = capacity_tokens
         self.used_tokens = used_tokens
+        self.num_uses = 0
+        """Answers and appends under way that read it."""
         self._load = load
         self._rows_of_layer: dict[int, Tensor] = {}
-        self._layout_of_layer: dict[int, Layout] = {}
+        self._layout_of_layer: dict[int, Layout] = dict(layout_of or {})
 
     def rows(self, layer: int) -> Tensor:
         """The tensor of one layer; raises whatever loading it raises."""
         if layer not in self._rows_of_layer and self._load is not None:
-            self._rows_of_layer[layer], self._layout_of_layer[layer] = self._load(layer)
+            self._rows_of_layer[layer] = self._load(layer)
+            if len(self._rows_of_layer) == len(self._layout_of_layer):
+                self._load = None
         return self._rows_of_layer[layer]
 
     def parts(self, layer: int) -> tuple[Tensor, ...]:
         """The rows of one layer, `[N, capacity, 2, any]`: KV, or codes and scales. As `rows`."""
-        rows = self.rows(layer)
-        return self._layout_of_layer[layer].parts(rows, self.capacity_tokens)
+        return self._layout_of_layer[layer].parts(self.rows(layer), self.capacity_tokens)
 
     def layout(self, layer: int) -> Layout:
         """How the rows of one layer look."""
-        self.rows(layer)
         return self._layout_of_layer[layer]
 
-    def unload(self, load: Callable[[int], tuple[Tensor, Layout]]) -> None:
+    def unload(self, load: Callable[[int], Tensor]) -> None:
         """Let go of all rows: `load` brings back what they are. Whoever reads them now keeps what it reads."""
         self._load = load
         self._rows_of_layer.clear()
+
+    @property
+    def unloaded_bytes(self) -> int:
+        """Host memory that its rows will take when they are asked for."""
+        missing = self._layout_of_layer.keys() - self._rows_of_layer.keys()
+        return sum(self._layout_of_layer[layer].num_bytes(self.capacity_tokens) for layer in missing)
 
     def allocate(self, layer: int, memory: HostMemory, layout: Layout) -> None:
         """Host memory for one layer, if it has none yet."""

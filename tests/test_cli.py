@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -231,6 +232,16 @@ class TestRead:
         """Before the model is loaded: there is none of that name."""
         assert "it is a directory" in fails(1, "read", text, tmp_path, "--model", "nowhere")
         assert "create it first" in fails(2, "read", text, tmp_path / "no" / "a", "--model", "nowhere")
+        assert "is the text itself" in fails(2, "read", text, text, "--model", "nowhere")
+        os.mkfifo(tmp_path / "pipe")
+        assert "a device or a pipe" in fails(1, "read", text, tmp_path / "pipe", "--model", "nowhere")
+
+    def test_fewer_bits(self, run: Run, model: str, text: Path, tmp_path: Path) -> None:
+        options = ("--model", model, "--budget", 128, "--kv-dtype", "int8")
+        assert run("read", text, tmp_path / "a", *options)[0] == 0
+        status, out, _ = run("ask", tmp_path / "a", "Who?", *options, "--max-new-tokens", 6)
+        assert status == 0
+        assert out == run("ask", text, "Who?", *options, "--max-new-tokens", 6)[1]
 
 
 class TestDemo:

@@ -40,7 +40,7 @@ def test_appended_text_is_part_of_the_document(policy: str, tokenizer: PreTraine
     for start in range(500, 1100, 150):
         document.append(prose[start : start + 150])
         assert document.text == prose[: start + 150]
-    ids = list(document._prompt.token_ids)
+    ids = list(document._contents.prompt.token_ids)
     assert tokenizer.decode(ids, skip_special_tokens=True) == document.text
     question = tokenizer("\n\nQuestion: Who?\nAnswer:", add_special_tokens=False).input_ids
     answer = document.ask("Who?", max_new_tokens=12)
@@ -64,15 +64,15 @@ def test_appending_bit_by_bit_leaves_few_extents(tokenizer: PreTrainedTokenizerF
     document = lm.read(prose[:200])
     for start in range(200, 3200, 60):
         document.append(prose[start : start + 60])
-        extents = document._session._extents
+        extents = document._contents.session._extents
         sizes = [extent.num_sentences for extent in extents]
         assert all(2 * later <= earlier for earlier, later in itertools.pairwise(sizes))
     assert len(sizes) <= 8
-    session = document._session
+    session = document._contents.session
     assert sum(sizes) == session.num_sentences
     spans = session.sentence_spans()
     assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(spans))
-    ids = document._prompt.token_ids + tokenizer("x", add_special_tokens=False).input_ids
+    ids = document._contents.prompt.token_ids + tokenizer("x", add_special_tokens=False).input_ids
     covering = make_lm(tokenizer, budget_tokens=4096)
     session.config = covering.config
     assert document.complete("x", max_new_tokens=8).token_ids == dense_greedy(lm, ids, 8)
@@ -100,6 +100,28 @@ def test_an_append_that_fails_changes_nothing(tokenizer: PreTrainedTokenizerFast
         document.append("more")
 
 
+def test_what_happens_while_text_is_appended(tokenizer: PreTrainedTokenizerFast, prose: str) -> None:
+    """A document that was closed or grew meanwhile stays what it became."""
+    document = make_lm(tokenizer).read(prose[:400])
+    with pytest.raises(RuntimeError, match="append it again"):
+        document.append(prose[400:600], progress=lambda *_: document.close())
+    with pytest.raises(ValueError, match="closed"):
+        document.ask("Who?")
+    document = make_lm(tokenizer).read(prose[:400])
+    inner = iter([prose[600:700]])
+
+    def append_once(*_: int) -> None:
+        for text in inner:
+            document.append(text)
+
+    with pytest.raises(RuntimeError, match="append it again"):
+        document.append(prose[400:600], progress=append_once)
+    assert document.text == prose[:400] + prose[600:700]
+    assert document.num_tokens == document._contents.session.num_tokens
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        document.append("\ud800")
+
+
 def test_forks_go_their_own_ways(tokenizer: PreTrainedTokenizerFast, prose: str) -> None:
     lm = make_lm(tokenizer)
     document = lm.read(prose[:600])
@@ -111,7 +133,7 @@ def test_forks_go_their_own_ways(tokenizer: PreTrainedTokenizerFast, prose: str)
     assert (document.text, fork.text) == (prose[:600], prose[:900])
     assert document.ask("Who?", max_new_tokens=8).token_ids == expected
     document.close()
-    ids = list(fork._prompt.token_ids)
+    ids = list(fork._contents.prompt.token_ids)
     question = tokenizer("\n\nQuestion: Who?\nAnswer:", add_special_tokens=False).input_ids
     assert fork.ask("Who?", max_new_tokens=8).token_ids == dense_greedy(lm, ids + question, 8)
 
@@ -141,7 +163,7 @@ def test_a_conversation_remembers(
         assert conversation.num_tokens == len(ids)
         between = "<end><|user|>" if template else "\n\nQuestion: "
     assert document.ask("Who came?", max_new_tokens=40).token_ids == alone
-    assert len(conversation._session._extents) < 5
+    assert len(conversation._contents.session._extents) < 5
 
 
 def test_an_answer_that_is_not_read_to_its_end_is_not_remembered(
@@ -162,11 +184,30 @@ def test_an_answer_that_is_not_read_to_its_end_is_not_remembered(
     assert conversation.num_tokens > before
 
 
+def test_questions_that_overlap(tokenizer: PreTrainedTokenizerFast, prose: str) -> None:
+    """A stream that is made early asks when it is read; one that is overtaken says so and is not remembered."""
+    lm = make_lm(tokenizer)
+    conversation, other = lm.read(prose[:600]).chat(), lm.read(prose[:600]).chat()
+    early = conversation.stream("When?", max_new_tokens=5)
+    expected = [other.ask(question, max_new_tokens=5).token_ids for question in ("Who?", "When?")]
+    assert conversation.ask("Who?", max_new_tokens=5).token_ids == expected[0]
+    assert early.drain().token_ids == expected[1]
+    late = conversation.stream("Why?", max_new_tokens=5)
+    next(late)
+    conversation.ask("Where?", max_new_tokens=5)
+    num_tokens = conversation.num_tokens
+    with pytest.raises(RuntimeError, match="another question was answered meanwhile"):
+        late.drain()
+    assert conversation.num_tokens == num_tokens
+    assert "Where?" in conversation._contents.prompt.text
+    assert "Why?" not in conversation._contents.prompt.text
+
+
 def test_sources_of_a_conversation_are_in_its_text(tokenizer: PreTrainedTokenizerFast, prose: str) -> None:
     conversation = make_lm(tokenizer, budget_tokens=96).read(prose[:2500]).chat()
     for question in ("Who?", "And then?"):
         answer = conversation.ask(question, max_new_tokens=30)
-        text = conversation._prompt.text
+        text = conversation._contents.prompt.text
         assert answer.sources
         for source in answer.sources:
             assert text[source.start : source.end] == source.text

@@ -154,9 +154,12 @@ def test_another_dtype_of_the_same_weights(tokenizer: PreTrainedTokenizerFast, p
 
 def test_other_settings_are_refused_with_the_remedy(lm: LongContextLM, saved: Path) -> None:
     other = lm.with_config(policy="moments", sink_tokens=8)
-    with pytest.raises(SavedFileError, match=r"lm\.with_config\(policy='codes', sink_tokens=4\)"):
+    remedy = r"lm\.with_config\(policy='codes', policy_options={'bits': 2, .*}, sink_tokens=4\)"
+    with pytest.raises(SavedFileError, match=remedy):
         other.open(saved)
-    other.with_config(policy="codes", sink_tokens=4).open(saved)
+    options = {"bits": 2, "group": "max", "shortlist": 0}
+    other.with_config(policy="codes", policy_options=options, sink_tokens=4).open(saved)
+    lm.with_config(policy_options={"bits": 2}).open(saved)  # the default, said aloud
     lm.with_config(budget_tokens=200, hot_tokens=400).open(saved).ask(QUESTION, max_new_tokens=4)
 
 
@@ -191,6 +194,17 @@ def test_too_little_host_memory_is_known_before_reading(lm: LongContextLM, saved
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sentencekv-read")]
 
 
+def test_files_of_other_versions(lm: LongContextLM, tmp_path: Path) -> None:
+    for kind, version, message in (
+        ("sentencekv document", 99, "has version 99 of its format, and this release reads version 1"),
+        ("sentencekv document", None, "has version None"),
+        ("another", 1, "is not a document that sentencekv saved"),
+    ):
+        disk.write_file(tmp_path / "a", {"kind": kind, "version": version}, {})
+        with pytest.raises(SavedFileError, match=message):
+            lm.open(tmp_path / "a")
+
+
 def test_a_closed_document_is_not_saved(lm: LongContextLM, tmp_path: Path) -> None:
     document = lm.read("A boat.")
     document.close()
@@ -204,7 +218,9 @@ def test_bfloat16_comes_back(tokenizer: PreTrainedTokenizerFast, prose: str, tmp
     document = lm.read(prose[:1500])
     document.save(tmp_path / "a")
     opened = lm.open(tmp_path / "a")
-    for ours, theirs in zip(opened._session._recent.values(), document._session._recent.values(), strict=True):
+    for ours, theirs in zip(
+        opened._contents.session._recent.values(), document._contents.session._recent.values(), strict=True
+    ):
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, theirs)
     assert answers(opened) == answers(document)
@@ -272,6 +288,70 @@ class TestSpill:
         assert document.kv_host_bytes == fork.kv_host_bytes == 0
         assert conversation.ask("When?", max_new_tokens=20).token_ids == said[1]
         assert answers(fork) == expected
+        assert answers(document) == expected
+
+    def test_what_a_conversation_reads_stays(
+        self, tokenizer: PreTrainedTokenizerFast, prose: str, folder: Path
+    ) -> None:
+        """A stream of a conversation or a fork is as good a reason as one of the document itself."""
+        size = make_lm(tokenizer).read(prose[:4000]).kv_host_bytes
+        lm = make_lm(tokenizer, host_memory_bytes=int(1.9 * size), spill_folder=str(folder))
+        lm._engine._stop_ids = set()
+        document = lm.read(prose[:4000])
+        expected = document.chat().ask("Who?", max_new_tokens=60).token_ids
+        for asked in (document.chat(), document.fork()):
+            stream = asked.stream("Who?", max_new_tokens=60)
+            next(stream)
+            with pytest.raises(MemoryError):
+                lm.read(prose[4000:8000])
+            assert document.kv_host_bytes
+            assert stream.drain().token_ids == expected
+        conversation = document.chat()
+        del document, asked, stream
+        lm.read(prose[4000:8000])  # the document is only held by the conversation, and moves
+        assert conversation.ask("Who?", max_new_tokens=60).token_ids == expected
+
+    def test_room_is_made_for_all_that_comes(
+        self, tokenizer: PreTrainedTokenizerFast, prose: str, folder: Path
+    ) -> None:
+        """The document that comes back and the question's own sentences: one check, before anything is read."""
+        roomy = make_lm(tokenizer)
+        size = max(roomy.read(text).kv_host_bytes for text in (prose[:3600], prose[3600:7200]))
+        lm = make_lm(tokenizer, host_memory_bytes=int(2.02 * size), spill_folder=str(folder))
+        first, second = lm.read(prose[:3600]), lm.read(prose[3600:7200])
+        first.move_to_disk(folder)
+        question = prose[8000:8200]
+        expected = roomy.read(prose[:3600]).ask(question, max_new_tokens=20).token_ids
+        assert first.ask(question, max_new_tokens=20).token_ids == expected
+        assert second.kv_host_bytes == 0
+
+    def test_what_nobody_holds_is_not_brought_back(
+        self, tokenizer: PreTrainedTokenizerFast, prose: str, folder: Path
+    ) -> None:
+        """A fork with more in it moved both; it is closed, and only the document's own comes back."""
+        lm = make_lm(tokenizer, spill_folder=str(folder))
+        document = lm.read(prose[:3600])
+        expected, held = answers(document), document.kv_host_bytes
+        fork = document.fork()
+        fork.append(prose[3600:7200])
+        open_files = len(list(Path("/proc/self/fd").iterdir()))
+        fork.move_to_disk(folder)
+        fork.close()
+        del fork
+        assert answers(document) == expected
+        gc.collect()
+        assert lm.host_bytes_in_use == document.kv_host_bytes == held
+        assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+
+    def test_a_folder_that_is_gone(self, tokenizer: PreTrainedTokenizerFast, prose: str, folder: Path) -> None:
+        size = make_lm(tokenizer).read(prose[:4000]).kv_host_bytes
+        lm = make_lm(tokenizer, host_memory_bytes=int(1.5 * size), spill_folder=str(folder))
+        document = lm.read(prose[:4000])
+        expected = answers(document)
+        folder.rmdir()
+        with pytest.raises(MemoryError, match="close documents") as caught:
+            lm.read(prose[4000:8000])
+        assert isinstance(caught.value.__cause__, FileNotFoundError)
         assert answers(document) == expected
 
     def test_a_full_disk_leaves_the_document(

@@ -423,7 +423,7 @@ def sparse_decode_triton(
         EARLY=early,
         num_warps=8,
         num_stages=1,
-        maxnreg=128 if head_block <= 128 else None,
+        maxnreg=128 if head_block <= 128 and not fetch else None,
         **launch_options(early),
     )
     return output
