@@ -25,7 +25,7 @@ from sentencekv.reading import Progress, read
 from sentencekv.sampling import SamplingOptions, refuse_nan
 from sentencekv.saved import Owner
 from sentencekv.session import Session
-from sentencekv.store import HostMemory, Layout, host_tokens
+from sentencekv.store import HostMemory, Layout, host_slabs
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}
 """Default `prefill_chunk_tokens`: large enough to fill a GPU; on a CPU small, for steady progress."""
@@ -53,14 +53,14 @@ class Engine:
         """The most tokens that the model can see, context and generation together; None if it does not say."""
         return getattr(text_config(self.model), "max_position_embeddings", None)
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of KV that one context token leaves in host memory, over all layers that retrieve."""
+    def _layout(self) -> tuple[Layout, int]:
+        """How KV of closed sentences looks in host memory, and in how many layers."""
         config = text_config(self.model)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         num_layers = sum(kind != "sliding_attention" for kind in kinds)
-        return num_layers * heads * Layout(heads, head_dim, self.model.dtype, self.config.kv_format).row_bytes
+        return Layout(heads, head_dim, self.model.dtype, self.config.kv_format), num_layers
 
     def check_fits(self, prompts: Sequence[Prompt], new_tokens: int, before: int = 0, more_bytes: int = 0) -> None:
         """Raise ValueError or MemoryError unless prompts, each after `before` tokens, fit positions and host memory.
@@ -84,17 +84,17 @@ class Engine:
                 "tokenizer, or resize the model's embeddings"
             )
         longest_sentence = self.config.max_sentence_tokens
-        rows = [
-            host_tokens(0, len(prompt.token_ids) + new_tokens, longest_sentence)
-            if before
-            else host_tokens(len(prompt.token_ids), new_tokens, longest_sentence)
-            for prompt in prompts
-        ]
-        self.memory.check(sum(rows) * self.kv_bytes_per_token() + more_bytes)
+        layout, num_layers = self._layout()
+        needed = 0
+        for prompt in prompts:
+            counts = (0, len(prompt.token_ids) + new_tokens) if before else (len(prompt.token_ids), new_tokens)
+            slabs = host_slabs(*counts, longest_sentence, layout.row_bytes)
+            needed += sum(self.memory.taken_bytes(layout.num_bytes(capacity)) for capacity in slabs)
+        self.memory.check(needed * num_layers + more_bytes)
 
     def session(self) -> Session:
         """A new, empty session."""
-        return Session(self.config, self.policy, self.memory, self.model.device)
+        return Session(self.config, self.policy, self.memory, self.model.device, self._layout()[0].row_bytes)
 
     def read(self, sessions: Sequence[Session], prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
         """Append prompts to sessions, exactly; returns the logits `[B, vocabulary]` of their last tokens."""

@@ -104,7 +104,7 @@ def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progres
         for layer in state.recent:
             for i, table in enumerate(extent.summaries(layer)):
                 tensors[f"extent{e}.summaries{i}.layer{layer}"] = Pieces.of(table)
-    for layer, layout in _layouts(state, session.config).items():
+    for layer, layout in _layouts(state.recent, session.config).items():
         for e, extent in enumerate(state.extents):
             for s, slab in enumerate(extent.slabs):
                 for i, (dtype, shape) in enumerate(layout.shapes(slab.used_tokens)):
@@ -141,15 +141,16 @@ def move_to_disk(path: str | os.PathLike[str], owner: Owner, contents: Contents)
             os.unlink(path)  # what is open stays readable
     session = contents.session
     state = session.state()
-    loading = _Loading(saved, session.memory, _layouts(state, session.config))
+    loading = _Loading(saved, session.memory, _layouts(state.recent, session.config))
     for e, extent in enumerate(state.extents):
         for s, slab in enumerate(extent.slabs):
             slab.unload(functools.partial(loading.rows, e, s))
             loading.add(e, s, slab)
 
 
-def _layouts(state: State, config: Config) -> dict[int, Layout]:
-    return {layer: Layout(kv.shape[0], kv.shape[3], kv.dtype, config.kv_format) for layer, kv in state.recent.items()}
+def _layouts(recent: Mapping[int, Tensor], config: Config) -> dict[int, Layout]:
+    """How the rows of each layer look, from its recent tokens."""
+    return {layer: Layout(kv.shape[0], kv.shape[3], kv.dtype, config.kv_format) for layer, kv in recent.items()}
 
 
 def _slab_name(extent: int, slab: int, layer: int) -> str:
@@ -187,6 +188,8 @@ def open_saved(
 
     recent = {layer: on_device(f"recent.layer{layer}") for layer in layers}
     extents: list[Extent] = []
+    layout_of = _layouts(recent, config)
+    row_bytes = next(iter(layout_of.values())).row_bytes if layout_of else 1
     state = State(
         num_tokens=numbers["num_tokens"],
         closed_end=numbers["closed_end"],
@@ -198,8 +201,8 @@ def open_saved(
         window_of={int(layer): window for layer, window in numbers["window_of"].items()},
         dense_bytes_per_token={int(layer): count for layer, count in numbers["dense_bytes_per_token"].items()},
         extents=extents,
+        row_bytes=row_bytes,
     )
-    layout_of = _layouts(state, config)
     loading = _Loading(saved, memory, layout_of)
     for e, sizes in enumerate(numbers["slabs"]):
         slabs = []
@@ -211,7 +214,8 @@ def open_saved(
             names = (f"extent{e}.summaries{i}.layer{layer}" for i in range(2))
             tables[layer] = [on_device(name) for name in names if name in saved]
         places = saved.read(f"extent{e}.places")
-        extents.append(Extent(memory, device, slabs, places, {k: v for k, v in tables.items() if v}))
+        kept = {layer: each for layer, each in tables.items() if each}
+        extents.append(Extent(memory, device, slabs, places, kept, row_bytes))
     session = Session.from_state(config, policy, memory, device, state)
     return Contents(whole[description["first_char"] :], prompt, Frame(**description["frame"]), session)
 
@@ -306,7 +310,8 @@ class _Loading:
 
     def _start(self) -> None:
         wanted = sorted(self._missing)
-        self._memory.check(sum(self._layout_of[key[0]].num_bytes(self._missing[key][0]) for key in wanted))
+        sizes = (self._layout_of[key[0]].num_bytes(self._missing[key][0]) for key in wanted)
+        self._memory.check(sum(map(self._memory.taken_bytes, sizes)))
         executor = ThreadPoolExecutor(_READERS, thread_name_prefix="sentencekv-read")
         self._stop = weakref.finalize(self, executor.shutdown, wait=False, cancel_futures=True)
         for layer, extent, slab in wanted:

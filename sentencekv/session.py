@@ -87,6 +87,7 @@ class State:
     window_of: dict[int, int]
     dense_bytes_per_token: dict[int, int]
     extents: list[Extent]
+    row_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,12 @@ class Session:
     After an exception inside a pass the session is unusable; the extents that it shares with others are not affected.
     """
 
-    def __init__(self, config: Config, policy: Policy, memory: HostMemory, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, policy: Policy, memory: HostMemory, device: torch.device, row_bytes: int = 1
+    ) -> None:
+        """`row_bytes`: as of an `Extent`."""
         self.config = config
+        self._row_bytes = row_bytes
         self.policy = policy
         self.memory = memory
         self.device = device
@@ -164,7 +169,7 @@ class Session:
         starts = [self._closed_end, *self._ends[: num_closing - 1]]
         closing = [end - start for start, end in zip(starts, self._ends, strict=False)]
         if self._own is None:
-            self._own = Extent(self.memory, self.device)
+            self._own = Extent(self.memory, self.device, row_bytes=self._row_bytes)
             self._extents.append(self._own)
         recent_tokens = max(self.num_tokens - self._closed_end, 0)
         return closing, self._own.place(self._closed_end, closing, expected_tokens + recent_tokens)
@@ -258,6 +263,7 @@ class Session:
             window_of=dict(self._window_of),
             dense_bytes_per_token=dict(self._dense_bytes_per_token),
             extents=list(self._extents),
+            row_bytes=self._row_bytes,
         )
 
     @classmethod
@@ -265,7 +271,7 @@ class Session:
         cls, config: Config, policy: Policy, memory: HostMemory, device: torch.device, state: State
     ) -> Session:
         """A session that goes on from there by itself."""
-        made = cls(config, policy, memory, device)
+        made = cls(config, policy, memory, device, state.row_bytes)
         made.num_tokens = state.num_tokens
         made._closed_end = state.closed_end
         made._ends, made.last_expected_end = list(state.ends), state.last_expected_end
@@ -455,12 +461,12 @@ class Session:
     def can_move(self) -> bool:
         """Whether the KV of all closed sentences is in host memory, and nobody uses any of it."""
         slabs = [slab for extent in self._extents for slab in extent.slabs]
-        return not any(slab.num_uses or slab.unloaded_bytes for slab in slabs)
+        return all(slab.is_loaded and not slab.num_uses for slab in slabs)
 
     @property
     def unloaded_bytes(self) -> int:
         """Host memory that KV in files will take when it is needed."""
-        return sum(slab.unloaded_bytes for extent in self._extents for slab in extent.slabs)
+        return sum(slab.unloaded_bytes(self.memory) for extent in self._extents for slab in extent.slabs)
 
     @property
     def dense_bytes(self) -> int:

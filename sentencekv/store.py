@@ -47,20 +47,20 @@ def available_host_bytes() -> int:
     return max(available, 0)
 
 
-def host_tokens(context_tokens: int, more_tokens: int, longest: int) -> int:
-    """Rows of host memory that a context takes at most, and `more_tokens` closed after it bit by bit.
+def host_slabs(context_tokens: int, more_tokens: int, longest: int, row_bytes: int = 1) -> list[int]:
+    """Rows of the slabs that a context takes at most, and `more_tokens` closed after it bit by bit.
 
     A slab may end with rows too few for the next sentence, of up to `longest` tokens; its last rows then stay empty.
+    `row_bytes`: as of an `Extent`.
     """
-    rows, rest = 0, context_tokens
+    slabs, rest = [], context_tokens
     while rest > 0:
-        slab = _slab_tokens(rest, longest)
-        rows += slab
-        rest -= max(slab - longest + 1, 1)
+        slabs.append(_slab_tokens(rest, longest, row_bytes))
+        rest -= max(slabs[-1] - longest + 1, 1)
     if more_tokens:
-        slab = _slab_tokens(0, longest)
-        rows += -(-more_tokens // max(slab - longest + 1, 1)) * slab
-    return rows
+        slab = _slab_tokens(0, longest, row_bytes)
+        slabs += [slab] * -(-more_tokens // max(slab - longest + 1, 1))
+    return slabs
 
 
 class Holder(Protocol):
@@ -135,6 +135,10 @@ class HostMemory:
             f"{self._held()}: close documents, raise the bound, or read a shorter text"
         ) from failure
 
+    def taken_bytes(self, num_bytes: int) -> int:
+        """What an allocation of so many bytes takes: torch rounds pinned memory up to a power of two."""
+        return _power_of_two(num_bytes) if self.pinned and num_bytes else num_bytes
+
     def _free_bytes(self, needed_bytes: int) -> int:
         free = available_host_bytes()
         if self.pinned and needed_bytes > free:
@@ -159,6 +163,7 @@ class HostMemory:
         num_bytes = dtype.itemsize
         for extent in shape:
             num_bytes *= extent
+        num_bytes = self.taken_bytes(num_bytes)
         with self._lock:
             self._require(num_bytes)
             self.in_use_bytes += num_bytes
@@ -273,10 +278,16 @@ class Slab:
         self._rows_of_layer.clear()
 
     @property
-    def unloaded_bytes(self) -> int:
+    def is_loaded(self) -> bool:
+        """Whether all its rows are in host memory."""
+        return self._load is None
+
+    def unloaded_bytes(self, memory: HostMemory) -> int:
         """Host memory that its rows will take when they are asked for."""
         missing = self._layout_of_layer.keys() - self._rows_of_layer.keys()
-        return sum(self._layout_of_layer[layer].num_bytes(self.capacity_tokens) for layer in missing)
+        return sum(
+            memory.taken_bytes(self._layout_of_layer[layer].num_bytes(self.capacity_tokens)) for layer in missing
+        )
 
     def allocate(self, layer: int, memory: HostMemory, layout: Layout) -> None:
         """Host memory for one layer, if it has none yet."""
@@ -323,10 +334,15 @@ class Extent:
         slabs: Sequence[Slab] = (),
         place_of: Tensor | None = None,
         tables_of_layer: Mapping[int, Sequence[Tensor]] | None = None,
+        row_bytes: int = 1,
     ) -> None:
-        """Empty, or of sentences that another extent held: its slabs, places and summaries."""
+        """Empty, or of sentences that another extent held: its slabs, places and summaries.
+
+        `row_bytes`: what a token takes of one layer and head, if known, for slabs that waste no pinned memory.
+        """
         self.memory = memory
         self.device = device
+        self.row_bytes = row_bytes
         self.slabs = list(slabs)
         self.place_of = torch.empty((0, 4), dtype=torch.int64) if place_of is None else place_of
         """Of each sentence: first token's context position, tokens, slab (number within the extent), first row."""
@@ -338,7 +354,8 @@ class Extent:
 
     @classmethod
     def joined(cls, extents: Sequence[Extent]) -> Extent:
-        """Extents that follow one another as one, which shares their rows and has copies of their summaries."""
+        """Extents that follow one another as one, with copies of their summaries. It shares their rows, unless most of
+        the memory for them is empty: then it has copies of these as well."""
         slabs: list[Slab] = []
         places = []
         for extent in extents:
@@ -349,7 +366,29 @@ class Extent:
             layer: [torch.cat(rows) for rows in zip(*(extent.summaries(layer) for extent in extents), strict=True)]
             for layer in extents[0]._tables_of_layer
         }
-        return cls(extents[0].memory, extents[0].device, slabs, torch.cat(places), tables)
+        first = extents[0]
+        whole = cls(first.memory, first.device, slabs, torch.cat(places), tables, first.row_bytes)
+        held, used = sum(slab.capacity_tokens for slab in slabs), sum(slab.used_tokens for slab in slabs)
+        if held >= 2 * max(used, _SMALL_SLAB_TOKENS) and all(slab.is_loaded for slab in slabs):
+            whole._pack()
+        return whole
+
+    def _pack(self) -> None:
+        """Copy all rows to as few slabs as hold them."""
+        start, length = self.place_of[:, 0], self.place_of[:, 1]
+        assert torch.equal(start[1:], (start + length)[:-1]), "sentences follow one another"
+        packed = Extent(self.memory, self.device, row_bytes=self.row_bytes)
+        packed.place(int(start[0]), length.tolist(), self.num_tokens)
+        for layer in self.slabs[0].layers:
+            for slab in packed.slabs:
+                slab.allocate(layer, self.memory, self.slabs[0].layout(layer))
+            parts_of = [[slab.parts(layer) for slab in each.slabs] for each in (self, packed)]
+            for (_, count, slab, row), (_, _, new_slab, new_row) in zip(
+                self.place_of.tolist(), packed.place_of.tolist(), strict=True
+            ):
+                for part, new_part in zip(parts_of[0][slab], parts_of[1][new_slab], strict=True):
+                    new_part[:, new_row : new_row + count] = part[:, row : row + count]
+        self.slabs, self.place_of = packed.slabs, packed.place_of
 
     @property
     def num_sentences(self) -> int:
@@ -382,7 +421,7 @@ class Extent:
             if not self.slabs or self.slabs[-1].free_tokens < length:
                 if offset > run_start:
                     runs.append(Run(self.slabs[-1], run_row, run_start, offset))
-                self.slabs.append(Slab(_slab_tokens(max(expected_tokens, remaining), length)))
+                self.slabs.append(Slab(_slab_tokens(max(expected_tokens, remaining), length, self.row_bytes)))
                 run_start, run_row = offset, 0
             slab = self.slabs[-1]
             placed.append((start + offset, length, len(self.slabs) - 1, slab.used_tokens))
@@ -538,11 +577,20 @@ class Places:
             start = stop
 
 
-def _slab_tokens(expected_tokens: int, at_least: int) -> int:
-    """The largest power of two that is filled, since pinned allocations are rounded up to one; small for tails."""
-    smallest = _power_of_two(max(at_least, _SMALL_SLAB_TOKENS))
-    wanted = min(expected_tokens, _LARGE_SLAB_TOKENS)
-    return max(_power_of_two(wanted + 1) // 2, smallest)
+def _slab_tokens(expected_tokens: int, at_least: int, row_bytes: int) -> int:
+    """The largest slab that is filled; a small one for tails."""
+    tokens = _SMALL_SLAB_TOKENS
+    while _capacity(tokens, row_bytes) < at_least:
+        tokens *= 2
+    while tokens < _LARGE_SLAB_TOKENS and _capacity(2 * tokens, row_bytes) <= expected_tokens:
+        tokens *= 2
+    return _capacity(tokens, row_bytes)
+
+
+def _capacity(tokens: int, row_bytes: int) -> int:
+    """So many rows, a power of two, or fewer: of one head they take hardly less than a power of two of bytes, since
+    pinned allocations are rounded up to one. A multiple of 16, as kernels expect."""
+    return tokens * (_power_of_two(row_bytes + 1) // 2) // row_bytes // 16 * 16
 
 
 def _power_of_two(at_least: int) -> int:

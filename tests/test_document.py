@@ -68,6 +68,8 @@ def test_appending_bit_by_bit_leaves_few_extents(tokenizer: PreTrainedTokenizerF
         sizes = [extent.num_sentences for extent in extents]
         assert all(2 * later <= earlier for earlier, later in itertools.pairwise(sizes))
     assert len(sizes) <= 8
+    at_once = lm.read(document.text)
+    assert document.kv_host_bytes <= 3 * at_once.kv_host_bytes, "slabs that are hardly filled are packed"
     session = document._contents.session
     assert sum(sizes) == session.num_sentences
     spans = session.sentence_spans()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sentencekv import store
-from sentencekv.store import Extent, GrowingTable, HostMemory, Places, host_tokens
+from sentencekv.store import Extent, GrowingTable, HostMemory, Layout, Places, host_slabs
 
 
 def fill(extent: Extent, lengths: list[int], start: int, kv: torch.Tensor, expected: int = 0) -> None:
@@ -45,7 +45,7 @@ def test_rows_come_back_in_order(large: int, device: torch.device, monkeypatch: 
     assert addresses.tolist() == [[[s.rows(0).data_ptr(), s.capacity_tokens] for s in places.slabs]]
     assert first.slabs[0].rows(0).is_pinned() == (device.type == "cuda")
     taken = sum(slab.capacity_tokens for slab in first.slabs + second.slabs)
-    assert taken <= host_tokens(237, 0, 32) + host_tokens(163, 0, 32)
+    assert taken <= sum(host_slabs(237, 0, 32) + host_slabs(163, 0, 32))
 
 
 def test_places_without_sentences(device: torch.device) -> None:
@@ -72,7 +72,8 @@ def test_places_are_as_of_one_moment(device: torch.device) -> None:
     assert torch.equal(back, kv[:, :10])
 
 
-def test_host_tokens_is_enough_for_any_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("row_bytes", [1, 512, 260, 160, 384])
+def test_host_slabs_are_enough_for_any_sentences(row_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemory(None, pinned=False)
     generator = torch.Generator().manual_seed(0)
     for total in (1, 200, 256, 257, 4000, 4096, 4097, 9000, 33_700, 40_000, 131_072):
@@ -81,14 +82,51 @@ def test_host_tokens_is_enough_for_any_sentences(monkeypatch: pytest.MonkeyPatch
             while sum(lengths) < total:
                 length = int(torch.randint(1, 33, (), generator=generator))
                 lengths.append(min(length, total - sum(lengths)))
-            extent = Extent(memory, torch.device("cpu"))
+            extent = Extent(memory, torch.device("cpu"), row_bytes=row_bytes)
             extent.place(0, lengths, total)
-            assert sum(slab.capacity_tokens for slab in extent.slabs) <= host_tokens(total, 0, 32)
-            bit_by_bit = Extent(memory, torch.device("cpu"))
+            assert sum(slab.capacity_tokens for slab in extent.slabs) <= sum(host_slabs(total, 0, 32, row_bytes))
+            bit_by_bit = Extent(memory, torch.device("cpu"), row_bytes=row_bytes)
             for length in lengths[:300]:
                 bit_by_bit.place(0, [length])
             taken = sum(slab.capacity_tokens for slab in bit_by_bit.slabs)
-            assert taken <= host_tokens(0, sum(lengths[:300]), 32)
+            assert taken <= sum(host_slabs(0, sum(lengths[:300]), 32, row_bytes))
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize(
+    ("head_dim", "kv_format"), [(128, None), (96, None), (64, "fp8"), (128, "int8"), (128, "int4")]
+)
+def test_slabs_fill_what_pinned_memory_takes(heads: int, head_dim: int, kv_format: str | None) -> None:
+    """torch rounds pinned memory up to a power of two: whole slabs leave next to nothing of it empty."""
+    layout = Layout(heads, head_dim, torch.bfloat16, kv_format)
+    pinned = HostMemory(None, pinned=True)
+    for capacity in host_slabs(40_000, 1000, 32, layout.row_bytes):
+        assert capacity % 16 == 0
+        num_bytes = layout.num_bytes(capacity)
+        assert num_bytes <= pinned.taken_bytes(num_bytes) <= 1.07 * num_bytes
+    assert [pinned.taken_bytes(count) for count in (0, 1, 5, 64, 65)] == [0, 1, 8, 64, 128]
+    assert HostMemory(None, pinned=False).taken_bytes(65) == 65
+
+
+def test_small_slabs_are_packed_when_extents_are_joined(device: torch.device) -> None:
+    """Many short texts, appended one by one: their rows come to few slabs, and the old ones are let go."""
+    memory = HostMemory(None, pinned=device.type == "cuda")
+    kv = torch.randn(2, 300, 2, 8, device=device)
+    extents, at = [], 0
+    for lengths in ([9, 3], [30], [1, 1, 1], [25, 32], [17]):
+        extent = Extent(memory, device)
+        fill(extent, lengths, at, kv[:, at : at + sum(lengths)])
+        extents.append(extent)
+        at += sum(lengths)
+    before = memory.in_use_bytes
+    whole = Extent.joined(extents)
+    del extents, extent
+    assert len(whole.slabs) == 1
+    assert memory.in_use_bytes <= before / 5
+    assert whole.num_tokens == at
+    back = torch.full_like(kv[:, :at], torch.nan)
+    Places([whole], device).read(0, back)
+    assert torch.equal(back, kv[:, :at])
 
 
 def test_memory_is_bounded_and_counted() -> None:
