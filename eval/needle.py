@@ -67,6 +67,24 @@ def score(lm: LongContextLM, case: Case) -> list[bool]:
         return [is_right(document.ask(fact.question, max_new_tokens=48).text, fact) for fact in case.facts]
 
 
+def environment(lm: LongContextLM) -> dict[str, str]:
+    """What a result depends on besides its settings."""
+    on_gpu = lm.model.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(lm.model.device) if on_gpu else platform.processor() or "cpu",
+        "dtype": str(lm.model.dtype),
+        "sentencekv": sentencekv.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def progress_bar() -> Progress:
+    """Texts done, and how long the rest will take, on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
 def main(
     model: Annotated[str, typer.Option(help="Model folder, hub name, or 'pocket'.")] = "pocket",
     policies: Annotated[str, typer.Option(help="Comma-separated policies.")] = "full,codes,moments,box,mean,window",
@@ -90,9 +108,7 @@ def main(
     engines = {(name, budget): lm.with_config(policy=name, budget_tokens=budget) for name, budget in pairs}
     lengths = [int(length) for length in contexts.split(",")]
     right: dict[tuple[str, int, int], int] = {}
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("texts", total=len(engines) * len(lengths) * cases)
         for length in lengths:
             made = make_cases(lm, texts, length, cases, facts)
@@ -118,11 +134,7 @@ def main(
             {"policy": name, "budget_tokens": budget, "context_tokens": length, "right": count, "of": cases * facts}
             for (name, budget, length), count in right.items()
         ],
-        "device": torch.cuda.get_device_name() if lm.model.device.type == "cuda" else platform.processor() or "cpu",
-        "dtype": str(lm.model.dtype),
-        "sentencekv": sentencekv.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **environment(lm),
     }
     out.file.write(json.dumps(result) + "\n")
 

@@ -12,19 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-import sentencekv
-from eval.needle import make_cases, score
+from eval.needle import environment, make_cases, progress_bar, score
 from sentencekv import LongContextLM
 from sentencekv.prose import generate_prose
 
@@ -121,8 +117,7 @@ def main(
     names, lengths = policies.split(","), [int(length) for length in contexts.split(",")]
     dtypes = ["auto", *[name for name in kv_dtypes.split(",") if name != "auto"]]
     rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("texts", total=len(names) * len(lengths) * len(dtypes) * cases)
         for length in lengths:
             for name in names:
@@ -153,11 +148,7 @@ def main(
         "budget_tokens": budget,
         "text": [path.name for path in text or []] or "generated prose",
         "rows": [dataclasses.asdict(row) for row in rows],
-        "device": torch.cuda.get_device_name() if lm.model.device.type == "cuda" else platform.processor() or "cpu",
-        "dtype": str(lm.model.dtype),
-        "sentencekv": sentencekv.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **environment(lm),
     }
     out.file.write(json.dumps(result) + "\n")
 

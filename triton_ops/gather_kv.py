@@ -56,6 +56,18 @@ def gather_kv_ref(selected_BNK: Tensor, slot_BNK: Tensor, miss_BNK: Tensor, lane
 
 
 @triton.jit
+def _miss(selected_ptr, slot_ptr, entry, address_ptr, count_ptr):
+    """Of a missed sentence: its tokens, its slab's entry in the table of slabs, its first row there, its slot; and how
+    many slots a head has."""
+    sentence = tl.load(selected_ptr + entry).to(tl.int64)
+    place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32)) + sentence * 4
+    slab_ptr = tl.load(address_ptr + SLABS).to(tl.pointer_type(tl.int64)) + tl.load(place_ptr + PLACE_SLAB) * 2
+    length, row = tl.load(place_ptr + PLACE_LENGTH), tl.load(place_ptr + PLACE_ROW)
+    slot, num_slots = tl.load(slot_ptr + entry).to(tl.int64), tl.load(count_ptr + NUM_SLOTS)
+    return length, slab_ptr, row, slot, num_slots
+
+
+@triton.jit
 def _gather_kv_kernel(
     selected_ptr,
     slot_ptr,
@@ -77,16 +89,11 @@ def _gather_kv_kernel(
     entry = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected + k
     if tl.load(miss_ptr + entry) != 0:
         address_ptr += b * num_address
-        sentence = tl.load(selected_ptr + entry).to(tl.int64)
-        slot = tl.load(slot_ptr + entry).to(tl.int64)
-        place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32)) + sentence * 4
-        length = tl.load(place_ptr + PLACE_LENGTH)
-        slab = tl.load(place_ptr + PLACE_SLAB)
-        row = tl.load(place_ptr + PLACE_ROW)
-        slab_ptr = tl.load(address_ptr + SLABS).to(tl.pointer_type(tl.int64)) + slab * 2
+        length, slab_ptr, row, slot, num_slots = _miss(
+            selected_ptr, slot_ptr, entry, address_ptr, count_ptr + b * num_count
+        )
         capacity = tl.load(slab_ptr + 1)
         source_ptr = tl.multiple_of(tl.load(slab_ptr).to(tl.pointer_type(DTYPE)), 16) + (n * capacity + row) * ROW
-        num_slots = tl.load(count_ptr + b * num_count + NUM_SLOTS)
         hot_ptr = tl.multiple_of(tl.load(address_ptr + HOT).to(tl.pointer_type(DTYPE)), 16)
         target_ptr = hot_ptr + (n.to(tl.int64) * num_slots + slot) * (SLOT_TOKENS * ROW)
         # One run of bytes on both sides; all loads are issued before the first store.
@@ -130,20 +137,15 @@ def _gather_packed_kv_kernel(
     entry = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected + k
     if tl.load(miss_ptr + entry) != 0:
         address_ptr += b * num_address
-        sentence = tl.load(selected_ptr + entry).to(tl.int64)
-        slot = tl.load(slot_ptr + entry).to(tl.int64)
-        place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32)) + sentence * 4
-        length = tl.load(place_ptr + PLACE_LENGTH)
-        slab = tl.load(place_ptr + PLACE_SLAB)
-        row = tl.load(place_ptr + PLACE_ROW)
-        slab_ptr = tl.load(address_ptr + SLABS).to(tl.pointer_type(tl.int64)) + slab * 2
+        length, slab_ptr, row, slot, num_slots = _miss(
+            selected_ptr, slot_ptr, entry, address_ptr, count_ptr + b * num_count
+        )
         capacity = tl.multiple_of(tl.load(slab_ptr + 1), 16)
         head_ptr = tl.multiple_of(tl.load(slab_ptr).to(tl.pointer_type(tl.uint8)), 16) + n * capacity * ROW_BYTES
         code_ptr = head_ptr + row.to(tl.int64) * (2 * WIDTH)
         scale_ptr = (head_ptr + capacity * (2 * WIDTH) + row.to(tl.int64) * (4 * NUMBERS)).to(
             tl.pointer_type(tl.float16)
         )
-        num_slots = tl.load(count_ptr + b * num_count + NUM_SLOTS)
         hot_ptr = tl.multiple_of(tl.load(address_ptr + HOT).to(tl.pointer_type(DTYPE)), 16)
         hot_ptr += (n.to(tl.int64) * num_slots + slot) * (SLOT_TOKENS * 2 * HEAD_DIM)
         # A row is a key or a value: two for each token. Scales are loaded once for all numbers that share them.
