@@ -28,8 +28,8 @@ from benchmarks.rows import HitRate, Machine, Rows, Settings
 from benchmarks.workload import SHAPES, Context, config_of, load_policy, make_model, streamed_weight_bytes
 from sentencekv.config import Config
 from sentencekv.fused import FusedLayers
+from sentencekv.memory import HostMemory
 from sentencekv.policies import available, load
-from sentencekv.store import HostMemory
 
 CHECK_TOKENS = 2048
 CHECK_STEPS = 4

@@ -23,7 +23,7 @@ from benchmarks.layer_ops import layer_ops
 from benchmarks.report import Op
 from benchmarks.retrieval_ops import RetrievalOps
 from benchmarks.workload import SHAPES, Context, Shape, make_config
-from sentencekv.store import HostMemory
+from sentencekv.memory import HostMemory
 
 
 def measure(op: Op, device: torch.device, bandwidth_of: dict[str, float], repeats: int) -> dict[str, Any]:

@@ -29,11 +29,11 @@ from benchmarks import report
 from benchmarks.decode import TOLERANCE
 from benchmarks.workload import SHAPES, Context, config_of, make_model
 from sentencekv.config import Config
+from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.prompts import Prompt
 from sentencekv.reading import read
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
 
 CHECK_TOKENS = 2048
 CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 import sentencekv
-from sentencekv.store import available_host_bytes
+from sentencekv.memory import available_host_bytes
 
 _STARTED_AT = time.monotonic()
 

@@ -13,9 +13,10 @@ from benchmarks.report import Op
 from benchmarks.workload import Context, twin, with_budget
 from sentencekv.batch import LaneBatch
 from sentencekv.config import Config
+from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.session import Session
-from sentencekv.store import Extent, HostMemory, Layout, Places
+from sentencekv.store import Extent, Layout, Places
 from triton_ops.gather_kv import gather_kv, gather_kv_ref
 from triton_ops.lanes import STEP, Lanes
 from triton_ops.offload_kv import offload_kv

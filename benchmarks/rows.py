@@ -26,8 +26,8 @@ from benchmarks.profile import profile_step
 from benchmarks.workload import CHUNK_TOKENS, Context, config_of, load_policy, twin, with_budget
 from sentencekv.fused import FusedLayers
 from sentencekv.graph import Stepper
+from sentencekv.memory import HostMemory, available_host_bytes
 from sentencekv.session import Session
-from sentencekv.store import HostMemory, available_host_bytes
 
 HitRate = float | None
 """None: what random queries give."""

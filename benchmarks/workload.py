@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from sentencekv.config import Config
+from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy, load
 from sentencekv.session import Session
-from sentencekv.store import Extent, HostMemory, Places
+from sentencekv.store import Extent, Places
 
 _LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5}
 _SMALL = {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}

@@ -17,10 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from sentencekv.batch import LaneBatch, SessionBatch
 from sentencekv.config import Config
+from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.sampling import refuse_nan
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
 
 NAME = "sentencekv"
 

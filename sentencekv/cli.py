@@ -339,7 +339,7 @@ def info() -> None:
     import torch
     import transformers
 
-    from sentencekv.store import available_host_bytes
+    from sentencekv.memory import available_host_bytes
 
     rows: list[tuple[str, RenderableType]] = [
         ("sentencekv", __version__),

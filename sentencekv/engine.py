@@ -20,12 +20,13 @@ from sentencekv.config import Config
 from sentencekv.decoding import Decoding, decode
 from sentencekv.generation import Generation, find_sources, finish
 from sentencekv.graph import Stepper
+from sentencekv.memory import HostMemory
 from sentencekv.prompts import Prompt, section
 from sentencekv.reading import Progress, read
 from sentencekv.sampling import SamplingOptions, refuse_nan
 from sentencekv.saved import Owner
 from sentencekv.session import Session
-from sentencekv.store import HostMemory, Layout, host_slabs
+from sentencekv.store import Layout, host_slabs
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}
 """Default `prefill_chunk_tokens`: large enough to fill a GPU; on a CPU small, for steady progress."""

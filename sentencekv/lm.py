@@ -20,11 +20,11 @@ from sentencekv.document import Document, GenerationStream, Sampling
 from sentencekv.engine import Engine
 from sentencekv.generation import Generation, LogLikelihood, Perplexity
 from sentencekv.loading import DEVICE_TYPES, load_model
+from sentencekv.memory import HostMemory
 from sentencekv.prompts import Message, Prompt, document_frame, encode, encode_chat, is_chat, section
 from sentencekv.reading import Progress
 from sentencekv.sampling import make_options
 from sentencekv.saved import Contents, open_saved
-from sentencekv.store import HostMemory
 
 
 class LongContextLM:

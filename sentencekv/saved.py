@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sentencekv.config import Config
 from sentencekv.disk import Pieces, SavedFile, SavedFileError, Written, write_file
+from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy
 from sentencekv.prompts import Frame, Prompt
 from sentencekv.session import Session, State
-from sentencekv.store import Extent, HostMemory, Layout, Slab
+from sentencekv.store import Extent, Layout, Slab
 
 _KIND, _VERSION = "sentencekv document", 1
 _READERS = 4

@@ -25,8 +25,9 @@ from torch import Tensor
 from sentencekv.config import Config
 from sentencekv.exact import attention_in_parts, exact_attention
 from sentencekv.lane import SessionLane
+from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy
-from sentencekv.store import Extent, HostMemory, Places, Run
+from sentencekv.store import Extent, Places, Run
 from sentencekv.streaming import Stream
 
 ASSEMBLED_TOKENS = {"cuda": 8192, "cpu": 0}

@@ -9,9 +9,9 @@ from torch import Tensor
 from sentencekv import Config, policies
 from sentencekv.batch import LaneBatch
 from sentencekv.exact import exact_attention_ref
+from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
 from triton_ops import Lanes
 
 HEADS, GROUPS, DIM, SCALE = 2, 3, 16, 0.25

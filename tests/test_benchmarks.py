@@ -15,9 +15,9 @@ from benchmarks.forced import Forced, Schedule, force_ref, force_triton
 from sentencekv.attention import forward
 from sentencekv.batch import LaneBatch
 from sentencekv.config import Config
+from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
 
 CPU = torch.device("cpu")
 

@@ -387,7 +387,7 @@ class TestBadInput:
     def test_host_memory_too_small(
         self, fails: Callable[..., str], model: str, text: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("sentencekv.store.available_host_bytes", lambda: 2**16)
+        monkeypatch.setattr("sentencekv.memory.available_host_bytes", lambda: 2**16)
         line = fails(1, "ask", text, "Who?", "--model", model, "--max-new-tokens", 4)
         assert re.search(r"needs \d.* of host memory and .* is free", line)
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from sentencekv.attention import forward, run_model
 from sentencekv.config import Config
 from sentencekv.fused import FusedLayers
+from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
 from tests.conftest import COMMON, make_model
 
 FUSED: dict[str, dict[str, Any]] = {

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from sentencekv import Config, policies
 from sentencekv.attention import forward
 from sentencekv.graph import Stepper
+from sentencekv.memory import HostMemory
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
 from tests.conftest import VOCABULARY, make_model
 from tests.sequences import sentence_ends
 

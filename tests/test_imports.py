@@ -23,6 +23,7 @@ LEVEL = {
     "config": 1,
     "policies": 1,
     "disk": 1,
+    "memory": 1,
     "store": 2,
     "lane": 3,
     "streaming": 3,

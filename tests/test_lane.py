@@ -8,7 +8,8 @@ import torch
 from sentencekv import policies
 from sentencekv.batch import LaneBatch
 from sentencekv.lane import SessionLane
-from sentencekv.store import Extent, HostMemory, Places
+from sentencekv.memory import HostMemory
+from sentencekv.store import Extent, Places
 from tests.lanes import seat
 from tests.sequences import CONFIG, DIM, HEADS, Tokens, closed_kv, new_session, run, sentence_ends, step
 from triton_ops.gather_kv import gather_kv_ref

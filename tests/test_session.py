@@ -10,9 +10,9 @@ from sentencekv import policies, store, streaming
 from sentencekv import session as session_module
 from sentencekv.batch import LaneBatch
 from sentencekv.exact import exact_attention_ref
+from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy
 from sentencekv.session import Session
-from sentencekv.store import HostMemory
 from tests.sequences import (
     CONFIG,
     DIM,

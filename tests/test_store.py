@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sentencekv import store
-from sentencekv.store import Extent, GrowingTable, HostMemory, Layout, Places, host_slabs
+from sentencekv.memory import HostMemory
+from sentencekv.store import Extent, GrowingTable, Layout, Places, host_slabs
 
 
 def fill(extent: Extent, lengths: list[int], start: int, kv: torch.Tensor, expected: int = 0) -> None:

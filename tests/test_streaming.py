@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sentencekv import store, streaming
-from sentencekv.store import Extent, HostMemory, Places, Slab
+from sentencekv.memory import HostMemory
+from sentencekv.store import Extent, Places, Slab
 from sentencekv.streaming import Stream
 
 LENGTHS = [7, 30, 1, 25, 32, 9, 16, 31, 20, 29] * 3

@@ -1,0 +1,160 @@
+"""Host memory for KV: counted, bounded, and given up by those who did not use theirs for longest.
+
+Knows bytes and who holds them; nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sentencekv.units import format_bytes
+
+_LOG = logging.getLogger(__name__)
+_NAMED = 3
+"""Holders of memory that an error message names."""
+
+
+def power_of_two(at_least: int) -> int:
+    """The smallest that is not less."""
+    return 1 << max(at_least - 1, 0).bit_length()
+
+
+def available_host_bytes() -> int:
+    """Memory that this process can still get without swapping, in bytes: the machine's, or its control group's."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+            available = min(available, int(limit) - used)
+    except OSError:
+        pass  # not Linux, or no control groups
+    return max(available, 0)
+
+
+class Holder(Protocol):
+    """Something that holds host memory and can give it up for a file."""
+
+    last_used_at: float
+    """By `time.monotonic`."""
+
+    @property
+    def name(self) -> str:
+        """What an error message calls it."""
+        ...
+
+    @property
+    def kv_host_bytes(self) -> int:
+        """Host memory that it holds."""
+        ...
+
+    @property
+    def can_move(self) -> bool:
+        """Whether it can give up what it holds: not while it is used, nor while it is coming back."""
+        ...
+
+    def move_to_disk(self, folder: Path) -> None:
+        """Keep its KV in a file there; it comes back to host memory when it is needed."""
+        ...
+
+
+class HostMemory:
+    """Host memory for KV, counted and bounded; shared by the sessions of one LongContextLM.
+
+    When it is exhausted, those who hold it and were not used for longest move to files in `spill_folder`. Without one,
+    or if that does not help, a MemoryError says what is needed, what is free, and who holds the rest.
+    """
+
+    def __init__(self, limit_bytes: int | None, *, pinned: bool, spill_folder: str | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.pinned = pinned
+        self.spill_folder = spill_folder
+        self.in_use_bytes = 0
+        self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._lock = threading.RLock()  # a tensor may be released while the same thread counts another
+
+    def register(self, holder: Holder) -> None:
+        """Name it in error messages, and move it to disk when memory is short; it is not kept alive by this."""
+        self._holders.add(holder)
+
+    def check(self, needed_bytes: int) -> None:
+        """Make room for so many bytes more, by moving others to disk if need be; raise MemoryError if there is none."""
+        if needed_bytes <= self._free_bytes(needed_bytes):
+            return
+        failure: OSError | None = None
+        if self.spill_folder is not None:
+            idle = [holder for holder in self._holders if holder.kv_host_bytes and holder.can_move]
+            for holder in sorted(idle, key=lambda holder: holder.last_used_at):
+                try:
+                    holder.move_to_disk(Path(self.spill_folder))
+                except OSError as error:
+                    _LOG.warning("host memory is short, and %s cannot move to disk: %s", holder.name, error)
+                    failure = error
+                if needed_bytes <= self._free_bytes(needed_bytes):
+                    return
+        self._require(needed_bytes, failure)
+
+    def _require(self, needed_bytes: int, failure: OSError | None = None) -> None:
+        left = max(self._free_bytes(needed_bytes), 0)
+        if needed_bytes <= left:
+            return
+        bound = "" if self.limit_bytes is None else f" (host_memory_bytes is {format_bytes(self.limit_bytes)})"
+        raise MemoryError(
+            f"the context needs {format_bytes(needed_bytes)} of host memory and {format_bytes(left)} is free{bound}; "
+            f"{self._held()}: close documents, raise the bound, or read a shorter text"
+        ) from failure
+
+    def taken_bytes(self, num_bytes: int) -> int:
+        """What an allocation of so many bytes takes: torch rounds pinned memory up to a power of two."""
+        return power_of_two(num_bytes) if self.pinned and num_bytes else num_bytes
+
+    def _free_bytes(self, needed_bytes: int) -> int:
+        free = available_host_bytes()
+        if self.pinned and needed_bytes > free:
+            # torch keeps pinned memory that was freed, for reuse: ours to take, though the machine counts it as used.
+            release = getattr(torch._C, "_host_emptyCache", None)
+            if release is not None:
+                release()
+                free = available_host_bytes()
+        return free if self.limit_bytes is None else min(free, self.limit_bytes - self.in_use_bytes)
+
+    def _held(self) -> str:
+        held = sorted(((h.kv_host_bytes, h) for h in self._holders if h.kv_host_bytes), key=lambda each: -each[0])
+        text = f"KV of open documents holds {format_bytes(self.in_use_bytes)}"
+        if held:
+            text += f" ({', '.join(f'{holder.name} {format_bytes(count)}' for count, holder in held[:_NAMED])}"
+            text += f" and {len(held) - _NAMED} more)" if len(held) > _NAMED else ")"
+        return text
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised host memory; counted until the returned tensor is gone. Nobody moves to disk for it: that takes
+        a `check` beforehand. Any thread may call it."""
+        num_bytes = dtype.itemsize
+        for extent in shape:
+            num_bytes *= extent
+        num_bytes = self.taken_bytes(num_bytes)
+        with self._lock:
+            self._require(num_bytes)
+            self.in_use_bytes += num_bytes
+        try:
+            tensor = torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
+        except BaseException:
+            self._release(num_bytes)
+            raise
+        weakref.finalize(tensor, self._release, num_bytes)
+        return tensor
+
+    def _release(self, num_bytes: int) -> None:
+        with self._lock:
+            self.in_use_bytes -= num_bytes
