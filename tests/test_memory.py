@@ -1,0 +1,86 @@
+"""Host memory: what is counted, refused before it is too late, and given up by whoever did not use it for longest."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from sentencekv.memory import HostMemory
+
+
+def test_it_is_bounded_and_counted() -> None:
+    memory = HostMemory(1000, pinned=False)
+    held = memory.allocate((10, 10), torch.float32)
+    assert memory.in_use_bytes == held.nbytes == 400
+    with pytest.raises(MemoryError, match=r"needs 800 B of host memory .*host_memory_bytes .*close documents"):
+        memory.allocate((200,), torch.float32)
+    del held
+    gc.collect()
+    assert memory.in_use_bytes == 0
+    memory.allocate((200,), torch.float32)
+    with pytest.raises(MemoryError, match=r"GiB is free; "):
+        HostMemory(None, pinned=False).check(1 << 60)
+
+
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    pinned, ordinary = HostMemory(None, pinned=True), HostMemory(None, pinned=False)
+    assert [pinned.taken_bytes(count) for count in (0, 1, 5, 64, 65)] == [0, 1, 8, 64, 128]
+    assert ordinary.taken_bytes(65) == 65
+
+
+class Held:
+    """A holder of memory that can lose it, or cannot."""
+
+    def __init__(self, memory: HostMemory, name: str, used_at: float, *, can_move: bool = True, fails: bool = False):
+        self.tensor = memory.allocate((100,), torch.uint8)
+        self.name, self.last_used_at, self.can_move, self.fails = name, used_at, can_move, fails
+        memory.register(self)
+
+    @property
+    def kv_host_bytes(self) -> int:
+        return 0 if self.tensor is None else self.tensor.nbytes
+
+    def move_to_disk(self, folder: Path) -> None:
+        if self.fails:
+            raise OSError("the disk is broken")
+        self.tensor = None
+
+
+def moved(*holders: Held) -> str:
+    return "".join(holder.name for holder in holders if holder.tensor is None)
+
+
+def test_those_not_used_for_longest_move_first(tmp_path: Path) -> None:
+    memory = HostMemory(420, pinned=False, spill_folder=str(tmp_path))
+    holders = [Held(memory, name, at) for name, at in (("a", 3.0), ("b", 1.0), ("c", 4.0), ("d", 2.0))]
+    memory.check(20)
+    assert moved(*holders) == ""
+    memory.check(100)
+    assert moved(*holders) == "b"
+    memory.check(220)
+    assert moved(*holders) == "bd"
+    memory.check(420)
+    assert moved(*holders) == "abcd"
+
+
+def test_who_cannot_move_stays_and_is_named(tmp_path: Path) -> None:
+    """One is in use, one's disk is broken; the third moves, and that is not enough."""
+    memory = HostMemory(320, pinned=False, spill_folder=str(tmp_path))
+    held = [Held(memory, "a", 1.0, can_move=False), Held(memory, "b", 2.0, fails=True), Held(memory, "c", 3.0)]
+    memory.check(120)
+    assert moved(*held) == "c"
+    with pytest.raises(MemoryError, match=r"120 B is free .* holds 200 B \(. 100 B, . 100 B\): close") as caught:
+        memory.check(121)
+    assert str(caught.value.__cause__) == "the disk is broken"
+
+
+def test_without_a_folder_nobody_moves() -> None:
+    memory = HostMemory(150, pinned=False)
+    held = Held(memory, "a", 1.0)
+    with pytest.raises(MemoryError, match="a 100 B"):
+        memory.check(60)
+    assert held.tensor is not None
+    del held
+    gc.collect()
+    memory.check(150)
