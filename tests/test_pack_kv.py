@@ -72,6 +72,14 @@ def test_special_rows(kv_format: Format, device: torch.device) -> None:
     torch.testing.assert_close(back, rows, rtol=2e-3, atol=2e-3 if kv_format == "int4" else 1e-6)
 
 
+@pytest.mark.parametrize("kv_format", ["fp8", "int8"])
+def test_small_numbers_are_not_lost(kv_format: Format, device: torch.device) -> None:
+    """Their scale is no number of float16; the smallest there is serves."""
+    rows = 3e-6 * torch.linspace(-1, 1, 64, device=device).repeat(2, 1)[None]
+    back = unpack_kv(pack_kv(rows, kv_format), 64, torch.float32, kv_format)
+    assert ((back - rows).norm() / rows.norm()) < 0.05
+
+
 def test_nibbles_are_where_they_are_promised(device: torch.device) -> None:
     kv = torch.arange(16.0, device=device).repeat(2, 4).view(1, 2, 64)  # in each group of 32, 0 to 15 twice
     packed = pack_kv(kv, "int4")

@@ -13,6 +13,7 @@ Format = Literal["fp8", "int8", "int4"]
 GROUP = 32
 """Dimensions that share a step and a minimum in `int4`."""
 _LARGEST_FP8 = 448.0
+_SMALLEST_HALF = 2.0**-24
 
 
 class Packed(NamedTuple):
@@ -69,7 +70,9 @@ def pack_kv(kv: Tensor, kv_format: Format) -> Packed:
         lower, upper = code.chunk(2, dim=-1)
         return Packed(lower | (upper << 4), torch.stack([step, low], dim=-1).flatten(-2))
     largest = _LARGEST_FP8 if kv_format == "fp8" else 127.0
-    scale = _half(x.abs().amax(-1, keepdim=True) / largest)
+    wanted = x.abs().amax(-1, keepdim=True) / largest
+    # One that is too small for float16 would make zeros of all numbers.
+    scale = _half(torch.where(wanted > 0, wanted.clamp(min=_SMALLEST_HALF), 0.0))
     x = (x / torch.where(scale > 0, scale, 1).float()).clamp(-largest, largest)
     code = x.to(torch.float8_e4m3fn) if kv_format == "fp8" else x.round().to(torch.int8)
     return Packed(code.view(torch.uint8), scale)
