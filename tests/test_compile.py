@@ -20,7 +20,8 @@ KERNELS = sorted(p.stem for p in (ROOT / "triton_ops").glob("*.py") if f"def {p.
 @pytest.mark.parametrize("op", KERNELS)
 def test_kernels_compile(op: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    # Without line numbers: ptxas spends registers in another way where the checkout has another path.
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "TRITON_DISABLE_LINE_INFO": "1"}
     command = [sys.executable, "-m", "tests.compile_kernels", op]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-5000:]
