@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -73,7 +74,7 @@ class Schedule:
 
 
 def force_ref(selected_BNK: Tensor, lanes: Lanes, schedule: Schedule) -> None:
-    """Replace a selection by the one that is scheduled for each lane's step; all heads select the same."""
+    """Write the selection that is scheduled for each lane's step; all heads select the same."""
     width = schedule.window_SW.shape[1]
     for b, lane in enumerate(lanes.lanes):
         place = (lane.step * int(schedule.moved) + b * schedule.spacing) % schedule.num_tokens
@@ -111,7 +112,7 @@ def _force_kernel(  # type: ignore[no-untyped-def]
 
 
 def force_triton(selected_BNK: Tensor, lanes: Lanes, schedule: Schedule) -> None:
-    """Replace a selection by the scheduled one, by one small kernel; see `force_ref`."""
+    """Write the scheduled selection, by one small kernel; see `force_ref`."""
     batch, num_kv_heads, most_selected = selected_BNK.shape
     assert selected_BNK.is_contiguous()
     early = starts_early(selected_BNK)
@@ -138,11 +139,13 @@ class Forced(Policy):
     """Scores and selects as `policy` does, all its work done, then takes the schedule's selection in its place.
 
     So `1 - hit_rate` of the budget is new at each step. A context that is hardly longer than the hot set has hits even
-    if none are asked for.
+    if none are asked for. All layers select the same, so the schedule is read once for each step, in its first layer:
+    a kernel more in every layer would be time that the engine does not take.
     """
 
     policy: Policy
     schedule: Schedule
+    _scheduled_of: WeakKeyDictionary[Lanes, Tensor] = dataclasses.field(default_factory=WeakKeyDictionary)
 
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         return self.policy.summarize(key_TNH, offsets)
@@ -150,6 +153,8 @@ class Forced(Policy):
     def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
         selected_BNK = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=room_tokens)
         assert self.schedule.window_SW.shape[1] <= selected_BNK.shape[2]
-        force = force_triton if selected_BNK.is_cuda else force_ref
-        force(selected_BNK, lanes, self.schedule)
-        return selected_BNK
+        if layer == lanes.layers[0]:
+            self._scheduled_of[lanes] = torch.empty_like(selected_BNK)
+            force = force_triton if selected_BNK.is_cuda else force_ref
+            force(self._scheduled_of[lanes], lanes, self.schedule)
+        return self._scheduled_of[lanes]

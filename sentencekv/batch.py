@@ -90,8 +90,12 @@ class LaneBatch:
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        read_next: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Attention output `[A, L, H]` of one new token for each of the L lanes; appends their KV."""
+        """Attention output `[A, L, H]` of one new token for each of the L lanes; appends their KV.
+
+        `read_next`: weights that are read after it; see `resolve_hot_set`.
+        """
         assert self._lanes is not None
         lanes = self._lanes
         q_BAH, k_BNH, v_BNH = (tensor.transpose(0, 1) for tensor in (q_ALH, k_NLH, v_NLH))
@@ -99,7 +103,7 @@ class LaneBatch:
         fetches = self._fetch_in_attention and lanes.kv_format is None
         if sliding_window is None and self.policy.reads == "selected" and lanes.most_selected:
             selected = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=self._room_tokens)
-            resolved = resolve_hot_set(selected, lanes, layer)
+            resolved = resolve_hot_set(selected, lanes, layer, read_next)
             if not fetches:
                 gather_kv(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
         output_BAH = sparse_decode(
@@ -151,8 +155,12 @@ class SessionBatch:
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        read_next: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Each session's attention over its own tokens; shapes as in `Session.attend`, L summed over the sessions."""
+        """Each session's attention over its own tokens; shapes as in `Session.attend`, L summed over the sessions.
+
+        `read_next` is left alone: steps that are not recorded wait for the host, not for memory.
+        """
         outputs = []
         start = 0
         for session, length, lane in zip(self.sessions, self.lengths, self._lanes, strict=True):

@@ -1,5 +1,6 @@
 """Which selected sentences are on the GPU already, and which slots the others get."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
+from triton_ops.early_start import launch_options, prefetch, prefetched, starts_early, wait_for_inputs
 from triton_ops.lanes import (
     LAST_USED,
     NUM_SLOTS,
@@ -195,32 +196,46 @@ def _resolve_hot_set_kernel(
     most_selected,
     num_address,
     num_count,
+    next_a,
+    bytes_a,
+    next_b,
+    bytes_b,
+    next_c,
+    bytes_c,
     NUM_KV_HEADS: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
+    PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """Programs past the KV heads prefetch."""
     n, b = tl.program_id(0), tl.program_id(1)
-    row = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected
-    resolve_for_head(
-        selected_ptr + row,
-        slot_ptr + row,
-        length_ptr + row,
-        miss_ptr + row,
-        number_ptr + b * NUM_KV_HEADS + n,
-        victim_ptr + row,
-        address_ptr + b * num_address,
-        count_ptr + b * num_count,
-        n,
-        most_selected,
-        SELECTED_BLOCK,
-        SLOT_BLOCK,
-        EARLY,
-    )
+    if n < NUM_KV_HEADS:
+        row = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected
+        resolve_for_head(
+            selected_ptr + row,
+            slot_ptr + row,
+            length_ptr + row,
+            miss_ptr + row,
+            number_ptr + b * NUM_KV_HEADS + n,
+            victim_ptr + row,
+            address_ptr + b * num_address,
+            count_ptr + b * num_count,
+            n,
+            most_selected,
+            SELECTED_BLOCK,
+            SLOT_BLOCK,
+            EARLY,
+        )
+    elif PREFETCH:
+        if b == 0:
+            prefetch(n - NUM_KV_HEADS, next_a, bytes_a, next_b, bytes_b, next_c, bytes_c)
 
 
-def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:
-    """Slots of the selection, by one program for each KV head and lane."""
+def resolve_hot_set_triton(
+    selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()
+) -> Resolved:
+    """Slots of the selection, by one program for each KV head and lane; others prefetch `read_next`."""
     batch, num_kv_heads, most_selected = selected_BNK.shape
     assert selected_BNK.is_contiguous()
     assert selected_BNK.dtype == torch.int32
@@ -232,7 +247,8 @@ def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Re
     address_rows = lanes.address_rows(layer)
     slot_block = triton.next_power_of_2(lanes.most_slots)
     early = starts_early(selected_BNK)
-    _resolve_hot_set_kernel[(num_kv_heads, batch)](
+    runs, num_prefetching = prefetched(read_next, early)
+    _resolve_hot_set_kernel[(num_kv_heads + num_prefetching, batch)](
         selected_BNK,
         slot,
         length,
@@ -244,9 +260,11 @@ def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Re
         most_selected,
         address_rows.stride(0),
         lanes.count_of.stride(0),
+        *runs,
         NUM_KV_HEADS=num_kv_heads,
         SELECTED_BLOCK=triton.next_power_of_2(most_selected),
         SLOT_BLOCK=slot_block,
+        PREFETCH=num_prefetching > 0,
         EARLY=early,
         num_warps=4 if slot_block <= 512 else 8,
         **launch_options(early),
@@ -254,7 +272,12 @@ def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Re
     return Resolved(slot, length, miss, number)
 
 
-def resolve_hot_set(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:
-    """Give every selected sentence a slot; see `resolve_hot_set_ref`."""
-    op = resolve_hot_set_triton if selected_BNK.is_cuda else resolve_hot_set_ref
-    return op(selected_BNK, lanes, layer)
+def resolve_hot_set(selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()) -> Resolved:
+    """Give every selected sentence a slot; see `resolve_hot_set_ref`.
+
+    `read_next`: at most three contiguous tensors that kernels after this one will read: brought into the L2 cache
+    meanwhile, where the device can do that. They must not be written to.
+    """
+    if selected_BNK.is_cuda:
+        return resolve_hot_set_triton(selected_BNK, lanes, layer, read_next)
+    return resolve_hot_set_ref(selected_BNK, lanes, layer)

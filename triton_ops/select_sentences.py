@@ -17,8 +17,10 @@ _RANKED = 256
 """Sentences that one program ranks."""
 _MOST_KEYS = 8192
 """Keys that the program which cuts the ranking keeps in registers; beyond, it goes over them in blocks of so many."""
+_FEW = 128
+"""Sentences of the bin in which the budget ends that are ranked by comparing each with each; if there are more, an
+interval is halved, and they are compared with its middle so many at a time:"""
 _LISTED = 512
-"""Sentences of one bin that are compared at a time."""
 _BINS = 2048
 _BINS_PER_NAT = 32
 """Of the histogram of scores, which are logs of shares: bins as wide as a 32nd, down to a share of exp(-64)."""
@@ -85,11 +87,6 @@ def select_sentences_ref(scores: Scores, lanes: Lanes, *, group: Group, room_tok
 @triton.jit
 def _sum_threes(a0, a1, a2, b0, b1, b2):
     return a0 + b0, a1 + b1, a2 + b2
-
-
-@triton.jit
-def _sum_sixes(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5
 
 
 @triton.jit
@@ -171,33 +168,27 @@ def _rank_sentences_kernel(
 
 
 @triton.jit
-def _measure_three(key_ptr, length_ptr, number, t1, t2, t3, key0, length0, BLOCK: tl.constexpr):
-    """Tokens and number of the sentences listed that have keys from each of three thresholds on."""
-    in1, in2, in3 = key0 >= t1, key0 >= t2, key0 >= t3
-    tokens1, count1, tokens2, count2, tokens3, count3 = tl.reduce(
-        (
-            tl.where(in1, length0, 0),
-            in1.to(tl.int32),
-            tl.where(in2, length0, 0),
-            in2.to(tl.int32),
-            tl.where(in3, length0, 0),
-            in3.to(tl.int32),
-        ),
-        0,
-        _sum_sixes,
-    )
-    for start in range(BLOCK, number, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        key = tl.load(key_ptr + i, mask=i < number, other=-0x80000000)
-        length = tl.load(length_ptr + i, mask=i < number, other=0)
-        in1, in2, in3 = key >= t1, key >= t2, key >= t3
-        tokens1 += tl.sum(tl.where(in1, length, 0), axis=0)
-        tokens2 += tl.sum(tl.where(in2, length, 0), axis=0)
-        tokens3 += tl.sum(tl.where(in3, length, 0), axis=0)
-        count1 += tl.sum(in1.to(tl.int32), axis=0)
-        count2 += tl.sum(in2.to(tl.int32), axis=0)
-        count3 += tl.sum(in3.to(tl.int32), axis=0)
-    return tokens1, count1, tokens2, count2, tokens3, count3
+def _place_in_ranking(key, column):
+    """Integers in the order of the ranking, no two the same: by key, of equal keys the first column highest."""
+    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+
+
+@triton.jit
+def _cut_of_few(place_ptr, length_ptr, number, room_tokens, max_selected, FEW: tl.constexpr):
+    """The lowest place that fits with all above it, of at most FEW that are listed, and how many fit.
+
+    Each is compared with each: one step, where halving takes one after another.
+    """
+    i = tl.arange(0, FEW)
+    there = i < number
+    place = tl.load(place_ptr + i, mask=there, other=-0x8000000000000000)
+    length = tl.load(length_ptr + i, mask=there, other=0)
+    # Tokens and sentences from each place on, in one sum.
+    is_before = place[None, :] >= place[:, None]
+    up_to = tl.sum(tl.where(is_before, ((length << 8) | there.to(tl.int32))[None, :], 0), axis=1)
+    fits = there & ((up_to >> 8) <= room_tokens) & ((up_to & 255) <= max_selected)
+    highest_out = tl.max(tl.where(there & (fits == 0), place, -0x8000000000000000), axis=0)
+    return highest_out + 1, tl.sum(fits.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -207,11 +198,36 @@ def _middle(low, high):
 
 
 @triton.jit
+def _cut_of_many(place_ptr, length_ptr, number, low, high, room_tokens, max_selected, BLOCK: tl.constexpr):
+    """As `_cut_of_few` for any number: halves the interval from `low`, below all, to `high`, above all."""
+    fitting = tl.zeros((), tl.int32)
+    least = number
+    middle = _middle(low, high)
+    while (middle != low) & (least - fitting > 1):
+        tokens = tl.zeros((), tl.int32)
+        count = tl.zeros((), tl.int32)
+        for start in range(0, number, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            is_in = tl.load(place_ptr + i, mask=i < number, other=-0x8000000000000000) >= middle
+            length = tl.load(length_ptr + i, mask=i < number, other=0)
+            tokens += tl.sum(tl.where(is_in, length, 0), axis=0)
+            count += tl.sum(is_in.to(tl.int32), axis=0)
+        fits = (tokens <= room_tokens) & (count <= max_selected)
+        high = tl.where(fits, middle, high)
+        fitting = tl.where(fits, count, fitting)
+        low = tl.where(fits, low, middle)
+        least = tl.where(fits, least, count)
+        middle = _middle(low, high)
+    return high, fitting
+
+
+@triton.jit
 def _select_sentences_kernel(
     key_ptr,
     sentence_ptr,
     histogram_ptr,
-    listed_ptr,
+    listed_place_ptr,
+    listed_length_ptr,
     address_ptr,
     count_ptr,
     selected_ptr,
@@ -227,20 +243,21 @@ def _select_sentences_kernel(
     BINS_PER_NAT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
     LISTED_BLOCK: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One KV head's selection; leaves the histogram empty.
 
-    The histogram gives the bin in which the budget ends; that bin's sentences are listed, and their interval of keys is
-    quartered until it holds just the first sentence too many.
+    The histogram gives the bin in which the budget ends. That bin's sentences are listed, and the place in the ranking
+    found among them from which on all fit.
     """
     n, b = tl.program_id(0), tl.program_id(1)
     head = (b * NUM_KV_HEADS + n).to(tl.int64)
     key_ptr += head * capacity
-    listed_key_ptr = listed_ptr + head * (2 * capacity)
-    listed_length_ptr = listed_key_ptr + capacity
+    listed_place_ptr = listed_place_ptr + head * capacity
+    listed_length_ptr = listed_length_ptr + head * capacity
     histogram_ptr += head * BINS
     selected_ptr += head * most_selected
     place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
@@ -265,95 +282,64 @@ def _select_sentences_kernel(
     last, above, in_last = tl.reduce(
         (bin_fits.to(tl.int32), tl.where(bin_fits, in_bin, 0), tl.where(is_last, in_bin, 0)), 0, _sum_threes
     )
-    # Keys from `high` on fit; those from `low` on do not, unless all do. In between, nothing is known yet.
-    above_tokens = (above >> 32).to(tl.int32)
-    above_count = (above & 0xFFFFFFFF).to(tl.int32)
-    high_tokens, high_count = above_tokens, above_count
-    low = tl.full((), -0x7FFFFFFF, tl.int32)
-    high = low
-    number = tl.zeros((), tl.int32)
+    num_taken = (above & 0xFFFFFFFF).to(tl.int32)
+    cut = tl.full((), -0x7FFFFFFF, tl.int64) << 32
     if last < BINS:
+        # Keys from `low` up to `high` lie in that bin.
         number = (in_last & 0xFFFFFFFF).to(tl.int32)
-        listed = tl.zeros((), tl.int32)
         edge = last.to(tl.float32) / -BINS_PER_NAT
         high = tl.where(last == 0, 0x7FFFFFFF, _ordered(edge) + 1)
+        low = tl.full((), -0x7FFFFFFF, tl.int32)
         if last < BINS - 1:
             low = _ordered(edge - 1.0 / BINS_PER_NAT) + 1
+        listed = tl.zeros((), tl.int32)
         for start in range(0, num_columns, BLOCK):
             s = start + s0
             key = key0
             if not ONE_BLOCK:
                 key = tl.load(key_ptr + s, mask=s < num_columns, other=-0x80000000)
-            between = (key >= low) & (key < high)
-            place = listed + tl.cumsum(between.to(tl.int32), axis=0) - 1
+            in_last_bin = (key >= low) & (key < high)
+            i = listed + tl.cumsum(in_last_bin.to(tl.int32), axis=0) - 1
             sentence = s
             if SOME:
-                sentence = tl.load(sentence_ptr + s, mask=between, other=0)
-            length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=between, other=0)
-            tl.store(listed_key_ptr + place, key, mask=between)
-            tl.store(listed_length_ptr + place, length, mask=between)
+                sentence = tl.load(sentence_ptr + s, mask=in_last_bin, other=0)
+            length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=in_last_bin, other=0)
+            tl.store(listed_place_ptr + i, _place_in_ranking(key, s), mask=in_last_bin)
+            tl.store(listed_length_ptr + i, length, mask=in_last_bin)
             if not ONE_BLOCK:
-                listed += tl.sum(between.to(tl.int32), axis=0)
+                listed += tl.sum(in_last_bin.to(tl.int32), axis=0)
         tl.debug_barrier()
+        room_left = room_tokens - (above >> 32).to(tl.int32)
+        selected_left = max_selected - num_taken
+        if number <= FEW:
+            cut, fitting = _cut_of_few(listed_place_ptr, listed_length_ptr, number, room_left, selected_left, FEW)
+        else:
+            cut, fitting = _cut_of_many(
+                listed_place_ptr,
+                listed_length_ptr,
+                number,
+                low.to(tl.int64) << 32,
+                high.to(tl.int64) << 32,
+                room_left,
+                selected_left,
+                LISTED_BLOCK,
+            )
+        num_taken += fitting
 
-    i = tl.arange(0, LISTED_BLOCK)
-    listed_key = tl.load(listed_key_ptr + i, mask=i < number, other=-0x80000000)
-    listed_length = tl.load(listed_length_ptr + i, mask=i < number, other=0)
-    low_count = high_count + number
-    t2 = _middle(low, high)
-    while (t2 != low) & (low_count - high_count > 1):
-        t1, t3 = _middle(low, t2), _middle(t2, high)
-        tokens1, count1, tokens2, count2, tokens3, count3 = _measure_three(
-            listed_key_ptr, listed_length_ptr, number, t1, t2, t3, listed_key, listed_length, LISTED_BLOCK
-        )
-        # What was measured is the bin's; to it comes what lies above the bin.
-        tokens1, tokens2, tokens3 = tokens1 + above_tokens, tokens2 + above_tokens, tokens3 + above_tokens
-        count1, count2, count3 = count1 + above_count, count2 + above_count, count3 + above_count
-        fits1 = (tokens1 <= room_tokens) & (count1 <= max_selected)
-        fits2 = (tokens2 <= room_tokens) & (count2 <= max_selected)
-        fits3 = (tokens3 <= room_tokens) & (count3 <= max_selected)
-        # The lowest threshold that fits is the new upper end, the highest that does not the new lower one.
-        new_high = tl.where(fits1, t1, tl.where(fits2, t2, tl.where(fits3, t3, high)))
-        high_tokens = tl.where(fits1, tokens1, tl.where(fits2, tokens2, tl.where(fits3, tokens3, high_tokens)))
-        high_count = tl.where(fits1, count1, tl.where(fits2, count2, tl.where(fits3, count3, high_count)))
-        low = tl.where(fits1, low, tl.where(fits2, t1, tl.where(fits3, t2, t3)))
-        low_count = tl.where(fits1, low_count, tl.where(fits2, count1, tl.where(fits3, count2, count3)))
-        high = new_high
-        t2 = _middle(low, high)
-
-    # Keys in [low, high) are one sentence that does not fit, or all equal: of those, the first ones that fit.
-    num_taken = tl.zeros((), tl.int32)
-    tied_tokens = tl.zeros((), tl.int32)
-    tied_count = tl.zeros((), tl.int32)
+    placed = tl.zeros((), tl.int32)
     for start in range(0, num_columns, BLOCK):
         s = start + s0
         key = key0
         if not ONE_BLOCK:
             key = tl.load(key_ptr + s, mask=s < num_columns, other=-0x80000000)
-        taken = key >= high
-        if low_count - high_count > 1:
-            tied = (key >= low) & (key < high)
-            sentence = s
-            if SOME:
-                sentence = tl.load(sentence_ptr + s, mask=tied, other=0)
-            length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=tied, other=0)
-            tokens = tied_tokens + tl.cumsum(length, axis=0)
-            rank = tied_count + tl.cumsum(tied.to(tl.int32), axis=0)
-            fits = (high_tokens + tokens <= room_tokens) & (high_count + rank <= max_selected)
-            taken = taken | (tied & fits)
-            tied_tokens += tl.sum(length, axis=0)
-            tied_count += tl.sum(tied.to(tl.int32), axis=0)
-        place = num_taken + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        taken = _place_in_ranking(key, s) >= cut
+        k = placed + tl.cumsum(taken.to(tl.int32), axis=0) - 1
         chosen = s
         if SOME:
             chosen = tl.load(sentence_ptr + s, mask=taken, other=-1)
-        tl.store(selected_ptr + place, chosen, mask=taken)
-        if ONE_BLOCK:
-            num_taken = high_count
-            if low_count - high_count > 1:
-                num_taken = tl.sum(taken.to(tl.int32), axis=0)
-        else:
-            num_taken += tl.sum(taken.to(tl.int32), axis=0)
+        tl.store(selected_ptr + k, chosen, mask=taken)
+        if not ONE_BLOCK:
+            placed += tl.sum(taken.to(tl.int32), axis=0)
     k = tl.arange(0, SELECTED_BLOCK)
     tl.store(selected_ptr + k, -1, mask=(k >= num_taken) & (k < most_selected))
 
@@ -372,7 +358,8 @@ def select_sentences_triton(
     assert sentence_BNS is None or sentence_BNS.is_contiguous()
     selected = torch.empty((batch, num_kv_heads, most_selected), dtype=torch.int32, device=device)
     key = torch.empty((batch, num_kv_heads, capacity), dtype=torch.int32, device=device)
-    listed = torch.empty((batch, num_kv_heads, 2, capacity), dtype=torch.int32, device=device)
+    listed_place = torch.empty((batch, num_kv_heads, capacity), dtype=torch.int64, device=device)
+    listed_length = torch.empty_like(key)
     histogram = lanes.scratch("select_sentences", (lanes.num_lanes, num_kv_heads, _BINS), torch.int64)
     address_rows = lanes.address_of[0]
     early = starts_early(logit_BNGS)
@@ -407,7 +394,8 @@ def select_sentences_triton(
         key,
         key if sentence_BNS is None else sentence_BNS,
         histogram,
-        listed,
+        listed_place,
+        listed_length,
         address_rows,
         lanes.count_of,
         selected,
@@ -423,6 +411,7 @@ def select_sentences_triton(
         BINS_PER_NAT=_BINS_PER_NAT,
         ONE_BLOCK=capacity <= block,
         BLOCK=block,
+        FEW=_FEW,
         LISTED_BLOCK=min(block, _LISTED),
         SELECTED_BLOCK=triton.next_power_of_2(most_selected),
         EARLY=early,
