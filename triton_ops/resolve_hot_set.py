@@ -40,7 +40,9 @@ class Resolved(NamedTuple):
     count_BN: Tensor
 
 
-def resolve_hot_set_ref(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:
+def resolve_hot_set_ref(
+    selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()
+) -> Resolved:
     """Give every selected sentence a slot: its own if it has one, else that of the least recently used sentence.
 
     Slots of this step's selection are never taken. Of equally old slots those with the lowest numbers are taken; the
@@ -49,6 +51,8 @@ def resolve_hot_set_ref(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resol
 
     Args:
         selected_BNK: int32, distinct rising ids per head, then -1. No head selects more than its lane has slots.
+        read_next: at most three contiguous tensors that kernels after this one will read: brought into the L2 cache
+            meanwhile, where the device can do that. Nothing else may write to them.
     """
     slot_BNK = torch.full_like(selected_BNK, -1)
     length_BNK = torch.zeros_like(selected_BNK)
@@ -273,11 +277,6 @@ def resolve_hot_set_triton(
 
 
 def resolve_hot_set(selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()) -> Resolved:
-    """Give every selected sentence a slot; see `resolve_hot_set_ref`.
-
-    `read_next`: at most three contiguous tensors that kernels after this one will read: brought into the L2 cache
-    meanwhile, where the device can do that. They must not be written to.
-    """
-    if selected_BNK.is_cuda:
-        return resolve_hot_set_triton(selected_BNK, lanes, layer, read_next)
-    return resolve_hot_set_ref(selected_BNK, lanes, layer)
+    """Give every selected sentence a slot; see `resolve_hot_set_ref`."""
+    op = resolve_hot_set_triton if selected_BNK.is_cuda else resolve_hot_set_ref
+    return op(selected_BNK, lanes, layer, read_next)
