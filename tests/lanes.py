@@ -124,7 +124,9 @@ def partly_filled(kv_NTH: Tensor, num_tokens: int) -> Tensor:
 
 
 def seat(lanes: list[Lane], device: torch.device, *, spare: int = 1, most_selected: int | None = None) -> Lanes:
-    """A batch with these lanes, and `spare` empty ones behind them."""
+    """A batch with these lanes, and `spare` empty ones behind them; no lane selects more than `most_selected`."""
+    for lane in lanes:
+        lane.max_selected = min(lane.max_selected, most_selected or lane.max_selected)
     layers = sorted(lanes[0].resident_kv)
     heads = lanes[0].resident_kv[layers[0]].shape[0]
     batch = Lanes(

@@ -1,11 +1,14 @@
 """Attention merged from parts against attention over everything."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from tests.lanes import assert_as_good
 from triton_ops.merge_attention import merge_attention, merge_attention_ref, merge_attention_triton
 
+Op = Callable[..., None]
 OPS = [merge_attention, merge_attention_ref, merge_attention_triton]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -15,10 +18,19 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
     return torch.softmax(logit, -1) @ v, logit.logsumexp(-1)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.fixture(params=OPS, ids=lambda op: op.__name__)
+def op(request: pytest.FixtureRequest, device: torch.device) -> Op:
+    """All three, and the kernel only where it runs."""
+    if request.param is merge_attention_triton:
+        request.getfixturevalue("kernel_device")
+    return request.param
+
+
 @pytest.mark.parametrize(("heads", "rows", "dim"), [(1, 1, 16), (3, 37, 20), (2, 16, 64), (1, 5, 128)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parts_make_the_whole(op, heads: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_parts_make_the_whole(
+    op: Op, heads: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """Three parts, one of them with far larger logits; parts are strided as attention kernels leave them."""
     torch.manual_seed(0)
     q = 3 * torch.randn(heads, rows, dim, dtype=torch.float64, device=device)
@@ -39,8 +51,7 @@ def test_parts_make_the_whole(op, heads: int, rows: int, dim: int, dtype: torch.
     assert_as_good(results[op], results[merge_attention_ref], truth, ulps=4)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_a_part_without_keys_changes_nothing(op, device: torch.device) -> None:
+def test_a_part_without_keys_changes_nothing(op: Op, device: torch.device) -> None:
     total = torch.randn(2, 3, 16, device=device)
     log = torch.randn(2, 3, device=device)
     before, log_before = total.clone(), log.clone()

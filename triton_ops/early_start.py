@@ -61,8 +61,7 @@ def prefetched(tensors: Sequence[Tensor], early: bool) -> Prefetched:
 def prefetch_runs(address, size):
     """Runs of memory on their way into the L2 cache: int64 addresses and int32 sizes, multiples of 16 bytes, 0: none."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.gt.s32 some, $2, 0; "
-        "@some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r",
         [address, size],
         dtype=tl.int32,

@@ -40,9 +40,7 @@ class Resolved(NamedTuple):
     count_BN: Tensor
 
 
-def resolve_hot_set_ref(
-    selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()
-) -> Resolved:
+def resolve_hot_set_ref(selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()) -> Resolved:
     """Give every selected sentence a slot: its own if it has one, else that of the least recently used sentence.
 
     Slots of this step's selection are never taken. Of equally old slots those with the lowest numbers are taken; the
