@@ -260,6 +260,7 @@ def compiled(op: Callable[[Shape], None], shape: Shape, known: dict[str, dict]) 
                     "warps": made.metadata.num_warps,
                     "registers": max(int(used) for used in re.findall(r"Used (\d+) registers", log.getvalue())),
                     "spilled": sum(int(number) for number in spilled),
+                    "float64": made.asm["ptx"].count(".f64"),
                 }
             kernels[made.hash] = known[made.hash]
 

@@ -51,7 +51,7 @@ def _merge_attention_kernel(
     top = tl.where(highest == float("-inf"), 0.0, highest)
     share, part_share = tl.exp(log - top), tl.exp(part_log - top)
     both = share + part_share
-    scale = 1.0 / tl.maximum(both, 1e-38)
+    scale = 1.0 / tl.maximum(both, 1e-37)
     total_ptr += (a * num_rows + row)[:, None] * HEAD_DIM + h[None, :]
     total = tl.load(total_ptr, mask=mask, other=0.0)
     part = tl.load(
@@ -59,7 +59,7 @@ def _merge_attention_kernel(
     )
     total = total * (share * scale)[:, None] + part.to(tl.float32) * (part_share * scale)[:, None]
     tl.store(total_ptr, total, mask=mask)
-    tl.store(log_ptr + a * num_rows + row, highest + tl.log(tl.maximum(both, 1e-38)), mask=there)
+    tl.store(log_ptr + a * num_rows + row, highest + tl.log(tl.maximum(both, 1e-37)), mask=there)
 
 
 def merge_attention_triton(total_ALH: Tensor, log_AL: Tensor, part_ALH: Tensor, part_log_AL: Tensor) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.early_start import launch_options, prefetch_runs, starts_early, wait_for_inputs
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import NUM_PARTS, NUM_SENTENCES, PARTS, PLACE, PLACE_LENGTH, Lanes, element_type
 
 Spread = Literal["square", "abs", "range"]
@@ -143,13 +143,6 @@ def _score_sentences_kernel(
     in_head = h < HEAD_DIM
     g = tl.arange(0, GROUP_BLOCK)
     in_group = g < GROUP
-    if EARLY:
-        # The first rows of summaries, while the queries are made.
-        row = pid * BLOCK + tl.arange(0, BLOCK)
-        count = tl.load(address_ptr + PARTS + 1)
-        row_bytes: tl.constexpr = NUM_PLANES * HEAD_DIM * (DTYPE.primitive_bitwidth // 8)
-        row_address = tl.load(address_ptr + PARTS + 2) + (row.to(tl.int64) * NUM_KV_HEADS + n) * row_bytes
-        prefetch_runs(row_address, tl.where(row < count, row_bytes, 0))
     wait_for_inputs(EARLY)
     q = tl.load(q_ptr + g[None, :] * q_stride_a + h[:, None], mask=in_group[None, :] & in_head[:, None], other=0.0)
     if SQUARE:

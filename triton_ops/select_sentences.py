@@ -17,10 +17,15 @@ _RANKED = 256
 """Sentences that one program ranks."""
 _MOST_KEYS = 8192
 """Keys that the program which cuts the ranking keeps in registers; beyond, it goes over them in blocks of so many."""
-_FEW = 128
+_WIDTH = 64
+"""Bins, and keys, in a row: counted row by row, then within one."""
+_FEW = 64
 """Sentences of the bin in which the budget ends that are ranked by comparing each with each; if there are more, an
 interval is halved, and they are compared with its middle so many at a time:"""
 _LISTED = 512
+_MOST_WARPS = 16
+_STORED = 64
+"""Selected sentences that are stored at a time."""
 _BINS = 2048
 _BINS_PER_NAT = 32
 """Of the histogram of scores, which are logs of shares: bins as wide as a 32nd, down to a share of exp(-64)."""
@@ -141,7 +146,7 @@ def _rank_sentences_kernel(
         sum_GX = tl.load(pair_ptr + 1, mask=there, other=0.0)
         top = tl.max(top_GX, axis=1)
         top = tl.where(top == float("-inf"), 0.0, top)
-        norm = top + tl.log(tl.maximum(tl.sum(sum_GX * tl.exp(top_GX - top[:, None]), axis=1), 1e-38))
+        norm = top + tl.log(tl.maximum(tl.sum(sum_GX * tl.exp(top_GX - top[:, None]), axis=1), 1e-37))
         s = block * BLOCK + tl.arange(0, BLOCK)
         known = s < num_columns
         sentence = s
@@ -158,7 +163,7 @@ def _rank_sentences_kernel(
             score = tl.max(share, axis=0)
         else:
             mean = tl.sum(tl.exp(share), axis=0) / GROUP
-            score = tl.where(mean > 0, tl.log(tl.maximum(mean, 1e-38)), float("-inf"))
+            score = tl.where(mean > 0, tl.log(tl.maximum(mean, 1e-37)), float("-inf"))
         eligible = known & (score > float("-inf"))
         tl.store(key_ptr + head * capacity + s, tl.where(eligible, _ordered(score), -0x80000000), mask=s < num_columns)
         length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=eligible, other=0)
@@ -168,27 +173,63 @@ def _rank_sentences_kernel(
 
 
 @triton.jit
+def _first_too_many(amount, before, room_tokens, max_selected, N: tl.constexpr):
+    """Of N bins in their order, the first with which the budget is exceeded, or N; what lies before it, and in it.
+
+    Amounts are tokens, times 2^32, and sentences. Each bin is compared with each: far faster here than a scan.
+    """
+    i = tl.arange(0, N)
+    up_to = before + tl.sum(tl.where(i[None, :] <= i[:, None], amount[None, :], 0), axis=1)
+    fits = ((up_to >> 32) <= room_tokens) & ((up_to & 0xFFFFFFFF) <= max_selected)
+    less = up_to - amount
+    is_first = (fits == 0) & ((less >> 32) <= room_tokens) & ((less & 0xFFFFFFFF) <= max_selected)
+    return tl.reduce((fits.to(tl.int32), tl.where(fits, amount, 0), tl.where(is_first, amount, 0)), 0, _sum_threes)
+
+
+@triton.jit
 def _place_in_ranking(key, column):
     """Integers in the order of the ranking, no two the same: by key, of equal keys the first column highest."""
     return (key.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
 
 
 @triton.jit
-def _cut_of_few(place_ptr, length_ptr, number, room_tokens, max_selected, FEW: tl.constexpr):
-    """The lowest place that fits with all above it, of at most FEW that are listed, and how many fit.
+def _load_listed(listed_ptr, i, number, key_ptr, sentence_ptr, place_ptr, SOME: tl.constexpr):
+    """Places in the ranking and tokens of some that are listed; past the end the lowest place there is, and none."""
+    there = i < number
+    column = tl.load(listed_ptr + i, mask=there, other=0)
+    key = tl.load(key_ptr + column, mask=there, other=0)
+    sentence = column
+    if SOME:
+        sentence = tl.load(sentence_ptr + column, mask=there, other=0)
+    length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=there, other=0)
+    return tl.where(there, _place_in_ranking(key, column), -0x8000000000000000), length
+
+
+@triton.jit
+def _cut_of_few(
+    listed_ptr,
+    number,
+    key_ptr,
+    sentence_ptr,
+    place_ptr,
+    room_tokens,
+    max_selected,
+    SOME: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """The lowest place from which on all fit, of at most FEW that are listed.
 
     Each is compared with each: one step, where halving takes one after another.
     """
     i = tl.arange(0, FEW)
     there = i < number
-    place = tl.load(place_ptr + i, mask=there, other=-0x8000000000000000)
-    length = tl.load(length_ptr + i, mask=there, other=0)
+    place, length = _load_listed(listed_ptr, i, number, key_ptr, sentence_ptr, place_ptr, SOME)
     # Tokens and sentences from each place on, in one sum.
     is_before = place[None, :] >= place[:, None]
     up_to = tl.sum(tl.where(is_before, ((length << 8) | there.to(tl.int32))[None, :], 0), axis=1)
     fits = there & ((up_to >> 8) <= room_tokens) & ((up_to & 255) <= max_selected)
     highest_out = tl.max(tl.where(there & (fits == 0), place, -0x8000000000000000), axis=0)
-    return highest_out + 1, tl.sum(fits.to(tl.int32), axis=0)
+    return highest_out + 1
 
 
 @triton.jit
@@ -198,7 +239,19 @@ def _middle(low, high):
 
 
 @triton.jit
-def _cut_of_many(place_ptr, length_ptr, number, low, high, room_tokens, max_selected, BLOCK: tl.constexpr):
+def _cut_of_many(
+    listed_ptr,
+    number,
+    key_ptr,
+    sentence_ptr,
+    place_ptr,
+    low,
+    high,
+    room_tokens,
+    max_selected,
+    SOME: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """As `_cut_of_few` for any number: halves the interval from `low`, below all, to `high`, above all."""
     fitting = tl.zeros((), tl.int32)
     least = number
@@ -208,8 +261,8 @@ def _cut_of_many(place_ptr, length_ptr, number, low, high, room_tokens, max_sele
         count = tl.zeros((), tl.int32)
         for start in range(0, number, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            is_in = tl.load(place_ptr + i, mask=i < number, other=-0x8000000000000000) >= middle
-            length = tl.load(length_ptr + i, mask=i < number, other=0)
+            place, length = _load_listed(listed_ptr, i, number, key_ptr, sentence_ptr, place_ptr, SOME)
+            is_in = place >= middle
             tokens += tl.sum(tl.where(is_in, length, 0), axis=0)
             count += tl.sum(is_in.to(tl.int32), axis=0)
         fits = (tokens <= room_tokens) & (count <= max_selected)
@@ -218,7 +271,52 @@ def _cut_of_many(place_ptr, length_ptr, number, low, high, room_tokens, max_sele
         low = tl.where(fits, low, middle)
         least = tl.where(fits, least, count)
         middle = _middle(low, high)
-    return high, fitting
+    return high
+
+
+@triton.jit
+def _store_columns(
+    target_ptr,
+    num_stored,
+    start,
+    key,
+    low,
+    high,
+    key_ptr,
+    sentence_ptr,
+    num_columns,
+    MAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Store the columns of one block whose places lie from `low` up to `high`, in order, behind those stored before.
+
+    Rows are counted, then each target looks for its row, and within it for its column: a scan of the whole block takes
+    several times as long here. `MAP`: store the sentences that columns stand for. Returns how many are stored by now.
+    """
+    column = start + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    place = _place_in_ranking(key, column)
+    in_row = tl.sum(((place >= low) & (place < high)).to(tl.int32), axis=1)
+    # Of each row, how many lie in it and before it, and its number behind that.
+    up_to_row = tl.cumsum(in_row, axis=0) * (2 * ROWS) + tl.arange(0, ROWS) + 1
+    number = tl.sum(in_row, axis=0)
+    for first in range(0, number, AT_ONCE):
+        i = first + tl.arange(0, AT_ONCE)
+        is_past = up_to_row[None, :] < (i[:, None] + 1) * (2 * ROWS)
+        last_past = tl.max(tl.where(is_past, up_to_row[None, :], 0), axis=1)
+        before_row = last_past // (2 * ROWS)
+        row = last_past % (2 * ROWS)
+        near = start + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        mask = (i < number)[:, None] & (near < num_columns)
+        near_place = _place_in_ranking(tl.load(key_ptr + near, mask=mask, other=-0x80000000), near)
+        is_in = (near_place >= low) & (near_place < high)
+        rank = before_row[:, None] + tl.cumsum(is_in.to(tl.int32), axis=1)
+        found = tl.sum(tl.where(is_in & (rank == i[:, None] + 1), near, 0), axis=1)
+        if MAP:
+            found = tl.load(sentence_ptr + found, mask=i < number, other=-1)
+        tl.store(target_ptr + num_stored + i, found, mask=i < number)
+    return num_stored + number
 
 
 @triton.jit
@@ -226,8 +324,7 @@ def _select_sentences_kernel(
     key_ptr,
     sentence_ptr,
     histogram_ptr,
-    listed_place_ptr,
-    listed_length_ptr,
+    listed_ptr,
     address_ptr,
     count_ptr,
     selected_ptr,
@@ -241,10 +338,12 @@ def _select_sentences_kernel(
     SOME: tl.constexpr,
     BINS: tl.constexpr,
     BINS_PER_NAT: tl.constexpr,
+    WIDTH: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     FEW: tl.constexpr,
     LISTED_BLOCK: tl.constexpr,
+    STORED: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -256,8 +355,7 @@ def _select_sentences_kernel(
     n, b = tl.program_id(0), tl.program_id(1)
     head = (b * NUM_KV_HEADS + n).to(tl.int64)
     key_ptr += head * capacity
-    listed_place_ptr = listed_place_ptr + head * capacity
-    listed_length_ptr = listed_length_ptr + head * capacity
+    listed_ptr += head * capacity
     histogram_ptr += head * BINS
     selected_ptr += head * most_selected
     place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
@@ -269,20 +367,19 @@ def _select_sentences_kernel(
     sentence_ptr += head * capacity
     wait_for_inputs(EARLY)
 
-    bin = tl.arange(0, BINS)
-    in_bin = tl.load(histogram_ptr + bin)
-    s0 = tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)[None, :]
+    bin = tl.arange(0, BINS // WIDTH)[:, None] * WIDTH + column
+    row_of_bins = tl.sum(tl.load(histogram_ptr + bin), axis=1)
+    s0 = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + column
     key0 = tl.load(key_ptr + s0, mask=s0 < num_columns, other=-0x80000000)
-    tl.store(histogram_ptr + bin, tl.zeros((BINS,), tl.int64))
-    up_to = tl.cumsum(in_bin, axis=0)
-    bin_fits = ((up_to >> 32) <= room_tokens) & ((up_to & 0xFFFFFFFF) <= max_selected)
-    before = up_to - in_bin
-    is_last = (bin_fits == 0) & ((before >> 32) <= room_tokens) & ((before & 0xFFFFFFFF) <= max_selected)
-    # The bin in which the budget ends, what lies above it, and what lies in it.
-    last, above, in_last = tl.reduce(
-        (bin_fits.to(tl.int32), tl.where(bin_fits, in_bin, 0), tl.where(is_last, in_bin, 0)), 0, _sum_threes
-    )
-    num_taken = (above & 0xFFFFFFFF).to(tl.int32)
+    # The bin in which the budget ends, what lies above it, and what lies in it: first its row, then itself.
+    row, above, in_last = _first_too_many(row_of_bins, 0, room_tokens, max_selected, BINS // WIDTH)
+    last = tl.full((), BINS, tl.int32)
+    if row < BINS // WIDTH:
+        of_row = tl.load(histogram_ptr + row * WIDTH + tl.arange(0, WIDTH))
+        last, more, in_last = _first_too_many(of_row, above, room_tokens, max_selected, WIDTH)
+        last += row * WIDTH
+        above += more
     cut = tl.full((), -0x7FFFFFFF, tl.int64) << 32
     if last < BINS:
         # Keys from `low` up to `high` lie in that bin.
@@ -292,56 +389,70 @@ def _select_sentences_kernel(
         low = tl.full((), -0x7FFFFFFF, tl.int32)
         if last < BINS - 1:
             low = _ordered(edge - 1.0 / BINS_PER_NAT) + 1
-        listed = tl.zeros((), tl.int32)
+        lowest, highest = low.to(tl.int64) << 32, high.to(tl.int64) << 32
+        num_listed = tl.zeros((), tl.int32)
         for start in range(0, num_columns, BLOCK):
-            s = start + s0
             key = key0
             if not ONE_BLOCK:
-                key = tl.load(key_ptr + s, mask=s < num_columns, other=-0x80000000)
-            in_last_bin = (key >= low) & (key < high)
-            i = listed + tl.cumsum(in_last_bin.to(tl.int32), axis=0) - 1
-            sentence = s
-            if SOME:
-                sentence = tl.load(sentence_ptr + s, mask=in_last_bin, other=0)
-            length = tl.load(place_ptr + sentence * 4 + PLACE_LENGTH, mask=in_last_bin, other=0)
-            tl.store(listed_place_ptr + i, _place_in_ranking(key, s), mask=in_last_bin)
-            tl.store(listed_length_ptr + i, length, mask=in_last_bin)
-            if not ONE_BLOCK:
-                listed += tl.sum(in_last_bin.to(tl.int32), axis=0)
+                key = tl.load(key_ptr + start + s0, mask=start + s0 < num_columns, other=-0x80000000)
+            num_listed = _store_columns(
+                listed_ptr,
+                num_listed,
+                start,
+                key,
+                lowest,
+                highest,
+                key_ptr,
+                sentence_ptr,
+                num_columns,
+                False,
+                BLOCK // WIDTH,
+                WIDTH,
+                FEW,
+            )
         tl.debug_barrier()
         room_left = room_tokens - (above >> 32).to(tl.int32)
-        selected_left = max_selected - num_taken
+        selected_left = max_selected - (above & 0xFFFFFFFF).to(tl.int32)
         if number <= FEW:
-            cut, fitting = _cut_of_few(listed_place_ptr, listed_length_ptr, number, room_left, selected_left, FEW)
+            cut = _cut_of_few(listed_ptr, number, key_ptr, sentence_ptr, place_ptr, room_left, selected_left, SOME, FEW)
         else:
-            cut, fitting = _cut_of_many(
-                listed_place_ptr,
-                listed_length_ptr,
+            cut = _cut_of_many(
+                listed_ptr,
                 number,
-                low.to(tl.int64) << 32,
-                high.to(tl.int64) << 32,
+                key_ptr,
+                sentence_ptr,
+                place_ptr,
+                lowest,
+                highest,
                 room_left,
                 selected_left,
+                SOME,
                 LISTED_BLOCK,
             )
-        num_taken += fitting
 
-    placed = tl.zeros((), tl.int32)
+    num_taken = tl.zeros((), tl.int32)
     for start in range(0, num_columns, BLOCK):
-        s = start + s0
         key = key0
         if not ONE_BLOCK:
-            key = tl.load(key_ptr + s, mask=s < num_columns, other=-0x80000000)
-        taken = _place_in_ranking(key, s) >= cut
-        k = placed + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-        chosen = s
-        if SOME:
-            chosen = tl.load(sentence_ptr + s, mask=taken, other=-1)
-        tl.store(selected_ptr + k, chosen, mask=taken)
-        if not ONE_BLOCK:
-            placed += tl.sum(taken.to(tl.int32), axis=0)
+            key = tl.load(key_ptr + start + s0, mask=start + s0 < num_columns, other=-0x80000000)
+        num_taken = _store_columns(
+            selected_ptr,
+            num_taken,
+            start,
+            key,
+            cut,
+            0x7FFFFFFFFFFFFFFF,
+            key_ptr,
+            sentence_ptr,
+            num_columns,
+            SOME,
+            BLOCK // WIDTH,
+            WIDTH,
+            STORED,
+        )
     k = tl.arange(0, SELECTED_BLOCK)
     tl.store(selected_ptr + k, -1, mask=(k >= num_taken) & (k < most_selected))
+    tl.store(histogram_ptr + bin, tl.zeros((BINS // WIDTH, WIDTH), tl.int64))
 
 
 def select_sentences_triton(
@@ -358,8 +469,7 @@ def select_sentences_triton(
     assert sentence_BNS is None or sentence_BNS.is_contiguous()
     selected = torch.empty((batch, num_kv_heads, most_selected), dtype=torch.int32, device=device)
     key = torch.empty((batch, num_kv_heads, capacity), dtype=torch.int32, device=device)
-    listed_place = torch.empty((batch, num_kv_heads, capacity), dtype=torch.int64, device=device)
-    listed_length = torch.empty_like(key)
+    listed = torch.empty_like(key)
     histogram = lanes.scratch("select_sentences", (lanes.num_lanes, num_kv_heads, _BINS), torch.int64)
     address_rows = lanes.address_of[0]
     early = starts_early(logit_BNGS)
@@ -389,13 +499,12 @@ def select_sentences_triton(
         num_warps=4,
         **launch_options(early),
     )
-    block = min(triton.next_power_of_2(capacity), _MOST_KEYS)
+    block = max(_WIDTH, min(triton.next_power_of_2(capacity), _MOST_KEYS))
     _select_sentences_kernel[(num_kv_heads, batch)](
         key,
         key if sentence_BNS is None else sentence_BNS,
         histogram,
-        listed_place,
-        listed_length,
+        listed,
         address_rows,
         lanes.count_of,
         selected,
@@ -409,13 +518,15 @@ def select_sentences_triton(
         SOME=some,
         BINS=_BINS,
         BINS_PER_NAT=_BINS_PER_NAT,
+        WIDTH=_WIDTH,
         ONE_BLOCK=capacity <= block,
         BLOCK=block,
         FEW=_FEW,
         LISTED_BLOCK=min(block, _LISTED),
+        STORED=_STORED,
         SELECTED_BLOCK=triton.next_power_of_2(most_selected),
         EARLY=early,
-        num_warps=min(16, max(4, block // 512)),
+        num_warps=min(_MOST_WARPS, max(4, block // 512)),
         **launch_options(early),
     )
     return selected

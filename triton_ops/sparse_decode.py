@@ -160,7 +160,6 @@ def _sparse_decode_kernel(
     SPLIT_BLOCK: tl.constexpr,
     MERGED: tl.constexpr,
     MERGED_GROUP: tl.constexpr,
-    MERGED_COLUMNS: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     RING: tl.constexpr,
     FETCH: tl.constexpr,
@@ -282,7 +281,6 @@ def _sparse_decode_kernel(
     arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
     if arrived == SPLITS - 1:
         tl.store(arrived_ptr + head, 0)
-        # First the factor of each partial result, left in memory, then their sum.
         m = tl.arange(0, MERGED_GROUP)
         in_merged = m < GROUP
         p = tl.arange(0, SPLIT_BLOCK)
@@ -292,27 +290,32 @@ def _sparse_decode_kernel(
         sum_PG = tl.load(entry_PG + 1, mask=there, other=0.0)
         top = tl.max(top_PG, axis=0)
         top = tl.where(top == float("-inf"), 0.0, top)
-        weight_PG = tl.exp(top_PG - top[None, :])
-        sum_of = tl.sum(weight_PG * sum_PG, axis=0)
         # A lane without a sequence has nothing to attend to: its sums are 0.
-        tl.store(entry_PG, weight_PG / tl.maximum(sum_of, 1e-38)[None, :], mask=there)
-        tl.debug_barrier()
-        c = tl.arange(0, MERGED_COLUMNS)
-        in_columns = c < GROUP * HEAD_DIM
-        merged = tl.zeros((MERGED_COLUMNS,), tl.float32)
-        for first in tl.static_range(0, SPLITS, MERGED):
-            p = first + tl.arange(0, MERGED)
-            mask = (p < SPLITS)[:, None] & in_columns[None, :]
-            part_PC = tl.load(partial_ptr + p[:, None] * (GROUP * HEAD_DIM) + c[None, :], mask=mask, other=0.0)
-            weight_PC = tl.load(extent_ptr + (p[:, None] * GROUP + (c // HEAD_DIM)[None, :]) * 2, mask=mask, other=0.0)
-            merged += tl.sum(part_PC * weight_PC, axis=0)
-        tl.store(output_ptr + head * GROUP * HEAD_DIM + c, merged.to(DTYPE), mask=in_columns)
+        sum_of = tl.maximum(tl.sum(tl.exp(top_PG - top[None, :]) * sum_PG, axis=0), 1e-37)
+        merged_PGH = tl.zeros((MERGED, MERGED_GROUP, HEAD_BLOCK), tl.float32)
+        for first in tl.range(0, SPLITS, MERGED, loop_unroll_factor=4):
+            some = first + tl.arange(0, MERGED)
+            mask_PG = (some < SPLITS)[:, None] & in_merged[None, :]
+            some_PG = some[:, None] * GROUP + m[None, :]
+            weight_PG = tl.exp(tl.load(extent_ptr + some_PG * 2, mask=mask_PG, other=float("-inf")) - top[None, :])
+            partial_PGH = tl.load(
+                partial_ptr + some_PG[:, :, None] * HEAD_DIM + h[None, None, :],
+                mask=mask_PG[:, :, None] & in_head[None, None, :],
+                other=0.0,
+            )
+            merged_PGH += partial_PGH * weight_PG[:, :, None]
+        merged_GH = tl.sum(merged_PGH, axis=0) / sum_of[:, None]
+        tl.store(
+            output_ptr + head * GROUP * HEAD_DIM + m[:, None] * HEAD_DIM + h[None, :],
+            merged_GH.to(DTYPE),
+            mask=in_merged[:, None] & in_head[None, :],
+        )
         if SLOT_SPLITS > 0:
             number = tl.load(number_ptr + head)
             if number > 0:
                 share_ptr = tl.load(address_ptr + SHARE).to(tl.pointer_type(tl.float32))
                 k = tl.arange(0, SELECTED_BLOCK)
-                log_total = tl.where(in_merged, top + tl.log(tl.maximum(sum_of, 1e-38)), 0.0)
+                log_total = tl.where(in_merged, top + tl.log(sum_of), 0.0)
                 log_weight = tl.load(
                     sentence_ptr + m[:, None] * most_selected + k[None, :],
                     mask=in_merged[:, None] & (k < number)[None, :],
@@ -359,8 +362,7 @@ def sparse_decode_triton(
     slot_splits = _even_splits(triton.cdiv(most_selected, slots), programs)
     splits = slot_splits + _even_splits(triton.cdiv(most_rows, rows), programs)
     merged_group = triton.next_power_of_2(group)
-    columns = triton.next_power_of_2(group * head_dim)
-    most_merged = max(1, _MERGED_NUMBERS // columns)
+    most_merged = max(1, _MERGED_NUMBERS // (merged_group * head_block))
     never_read = lanes.count_of
     where = (
         (never_read, never_read, never_read, never_read)
@@ -413,7 +415,6 @@ def sparse_decode_triton(
         SPLIT_BLOCK=triton.next_power_of_2(splits),
         MERGED=min(most_merged, triton.next_power_of_2(splits)),
         MERGED_GROUP=merged_group,
-        MERGED_COLUMNS=columns,
         SELECTED_BLOCK=triton.next_power_of_2(max(most_selected, 1)),
         RING=sliding,
         FETCH=fetch and resolved is not None,
