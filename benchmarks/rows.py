@@ -39,10 +39,6 @@ _MARGIN_BYTES = 1 << 30
 """Left free on the device: activations, workspaces, fragments."""
 
 
-_FETCHING = "graph, fused, attention fetches"
-"""Misses are read from host memory by the kernel that attends to them, not by one before it."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What is run and timed at each context."""
@@ -236,7 +232,7 @@ class Rows:
             variants = ["graph, fused"]
             shown = self.context.num_tokens == settings.before_after and hit_rate == self._typical_hit_rate()
             if shown and batch == 1 and name == settings.policies[0] and budget == settings.budgets[0]:
-                variants = ["eager", "graph, modules as they are", *variants, _FETCHING]
+                variants = ["eager", "graph, modules as they are", *variants]
             if hit_rate is not None:
                 schedule.set_hit_rate(hit_rate)
             used = policy if hit_rate is None else forced
@@ -259,8 +255,7 @@ class Rows:
                         return eager_step(model, running)
                     if key not in steppers:
                         layers = None if row["variant"] == "graph, modules as they are" else self._machine.layers
-                        fetching = row["variant"] == _FETCHING
-                        steppers[key] = make_stepper(model, running[0], layers, fetch_in_attention=fetching)
+                        steppers[key] = make_stepper(model, running[0], layers)
                     return self._recorded(row, steppers[key], running)
 
                 def forget_warmup(running: list = running) -> None:

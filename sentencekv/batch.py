@@ -23,11 +23,8 @@ class LaneBatch:
     can be replayed.
     """
 
-    def __init__(self, policy: Policy, *, fetch_in_attention: bool = False) -> None:
-        """`fetch_in_attention`: attention reads misses from host memory itself, where they are not in fewer bits, in
-        place of a launch of its own before it."""
+    def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._fetch_in_attention = fetch_in_attention
         self._lanes: Lanes | None = None
         self._seated: list[tuple[int, int]] = []
         self._room_tokens = 0
@@ -90,20 +87,17 @@ class LaneBatch:
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        read_next: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Attention output `[A, L, H]` of one new token for each of the L lanes; appends their KV.
-
-        `read_next`: weights that are read after it; see `resolve_hot_set`.
-        """
+        """Attention output `[A, L, H]` of one new token for each of the L lanes; appends their KV."""
         assert self._lanes is not None
         lanes = self._lanes
         q_BAH, k_BNH, v_BNH = (tensor.transpose(0, 1) for tensor in (q_ALH, k_NLH, v_NLH))
         selected = resolved = None
-        fetches = self._fetch_in_attention and lanes.kv_format is None
+        # Attention reads misses from host memory itself; codes are unpacked by a launch of their own before it.
+        fetches = lanes.kv_format is None
         if sliding_window is None and self.policy.reads == "selected" and lanes.most_selected:
             selected = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=self._room_tokens)
-            resolved = resolve_hot_set(selected, lanes, layer, read_next)
+            resolved = resolve_hot_set(selected, lanes, layer)
             if not fetches:
                 gather_kv(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
         output_BAH = sparse_decode(
@@ -155,12 +149,8 @@ class SessionBatch:
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        read_next: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Each session's attention over its own tokens; shapes as in `Session.attend`, L summed over the sessions.
-
-        `read_next` is left alone: steps that are not recorded wait for the host, not for memory.
-        """
+        """Each session's attention over its own tokens; shapes as in `Session.attend`, L summed over the sessions."""
         outputs = []
         start = 0
         for session, length, lane in zip(self.sessions, self.lengths, self._lanes, strict=True):

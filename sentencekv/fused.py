@@ -40,10 +40,6 @@ _LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest difference, as a share of what the layer adds to its input, on top of one rounding of the output."""
 
 
-_PREFETCHED_BYTES = 32 << 20
-"""Of weights, brought into the L2 cache while attention waits for the host's bus."""
-
-
 class _UnfitError(Exception):
     """Why a layer cannot be fused; caught here."""
 
@@ -71,7 +67,6 @@ class _FixedAttention:
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        read_next: Sequence[Tensor] = (),
     ) -> Tensor:
         self.calls.append((layer, scale, sliding_window, softcap, k_NLH.shape[0], k_NLH.shape[2]))
         group = q_ALH.shape[0] // k_NLH.shape[0]
@@ -153,7 +148,6 @@ class _FusedLayer:
             scale=self.scale,
             sliding_window=self.sliding_window,
             softcap=None,
-            read_next=self._read_next(),
         )
         hidden_LI = linear(
             output_ALH.transpose(0, 1).reshape(hidden_LI.shape[0], -1),
@@ -173,14 +167,6 @@ class _FusedLayer:
             norm_offset=self.mlp_norm.offset,
         )
         return linear(gated_LO, (mlp.down_proj.weight,), _present(mlp.down_proj.bias), residual_BO=hidden_LI)
-
-    def _read_next(self) -> list[Tensor]:
-        """The weights that are read first after attention, as many bytes as the cache is meant to hold."""
-        output, gate, up = self.attention.o_proj.weight, self.mlp.gate_proj.weight, self.mlp.up_proj.weight
-        left = max(_PREFETCHED_BYTES - output.nbytes, 0)
-        rows = min(left // (2 * gate[0].nbytes), gate.shape[0])
-        whole = min(_PREFETCHED_BYTES // output[0].nbytes, output.shape[0])
-        return [output[:whole], gate[:rows], up[:rows]]
 
     def check(self, layer: nn.Module, calls: Sequence[_Call]) -> None:
         """Raise _UnfitError unless the layer's own forward and this one agree on calls that the model made."""

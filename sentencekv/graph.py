@@ -56,19 +56,16 @@ class Stepper:
         graph: bool = True,
         fuse: bool = True,
         layers: FusedLayers | None = None,
-        fetch_in_attention: bool = False,
     ) -> None:
         """
         Args:
             graph: False runs every step eagerly, as where there is no GPU.
             fuse: False leaves the model's own layers as they are.
             layers: those of the model, if they were looked at already.
-            fetch_in_attention: see `LaneBatch`; of recorded steps.
         """
         self._model = model
         self._policy = policy
         self._fuse = fuse
-        self._fetch_in_attention = fetch_in_attention
         self._recording_of: dict[int, _Recording] = {}
         self._pool: Any = None
         self._fused = layers
@@ -91,7 +88,7 @@ class Stepper:
         recording = self._recording_of.get(num_lanes)
         if recording is None:
             inputs_of = Mirrored((2, num_lanes), torch.int64, self._model.device)
-            batch = LaneBatch(self._policy, fetch_in_attention=self._fetch_in_attention)
+            batch = LaneBatch(self._policy)
             recording = _Recording(batch, inputs_of)
             self._recording_of[num_lanes] = recording
         for session in sessions:

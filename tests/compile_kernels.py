@@ -127,7 +127,6 @@ def resolve_hot_set(shape: Shape) -> None:
         lanes = lanes_of(shape, 1)
         lanes.most_slots = most_slots
         resolve_hot_set_triton(chosen(lanes)[0], lanes, 0)
-    resolve_hot_set_triton(chosen(lanes)[0], lanes, 0, [torch.zeros(64, dtype=shape.dtype)])
 
 
 def gather_kv(shape: Shape) -> None:

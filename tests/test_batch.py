@@ -184,12 +184,10 @@ def use_ops(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> Cal
 
 
 @pytest.mark.parametrize(
-    ("name", "fetches", "kv_dtype"),
-    [*((name, False, "auto") for name in LANE_POLICIES), ("moments", True, "auto"), ("moments", True, "int8")],
+    ("name", "kv_dtype"), [*((name, "auto") for name in LANE_POLICIES), ("moments", "int8"), ("moments", "int4")]
 )
 def test_kernels_and_references_decode_alike(
     name: str,
-    fetches: bool,
     kv_dtype: str,
     use_ops: Callable[[str], None],
     kernel_device: torch.device,
@@ -209,7 +207,7 @@ def test_kernels_and_references_decode_alike(
             reading_session(t, start, name, budget_tokens=32, kv_dtype=kv_dtype)
             for t, start in zip(all_tokens, starts, strict=True)
         ]
-        batch = LaneBatch(sessions[0].policy, fetch_in_attention=fetches)
+        batch = LaneBatch(sessions[0].policy)
         before = [session.num_sentences for session in sessions]
         outputs = [step(batch, sessions, all_tokens, num_lanes=3)[1] for _ in range(4)]
         assert [session.num_sentences for session in sessions] > before

@@ -62,7 +62,7 @@ class MeanOfPast:
         self.layers: list[int] = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
-        assert keywords.keys() - {"read_next"} == {"scale", "sliding_window", "softcap"}
+        assert keywords.keys() == {"scale", "sliding_window", "softcap"}
         self.layers.append(layer)
         group = q.shape[0] // k.shape[0]
         return (q * keywords["scale"] + (k + v).repeat_interleave(group, 0)).contiguous()

@@ -189,8 +189,8 @@ def test_kernel(num_groups: int, one_block: bool, kernel_device: torch.device, m
     """Ragged lanes and an empty one; everything in one block, and in several with a last one that is not full."""
     if not one_block:
         module = importlib.import_module("triton_ops.select_sentences")
-        monkeypatch.setattr(module, "_RANKED", 8)
-        monkeypatch.setattr(module, "_MOST_KEYS", 16)
+        for name, number in {"_RANKED": 8, "_MOST_KEYS": 8, "_WIDTH": 4, "_FEW": 4, "_LISTED": 8, "_STORED": 4}.items():
+            monkeypatch.setattr(module, name, number)
     lanes = random_batch([[random_lengths(20, 8), [4]], [[2, 7, 1]]], kernel_device, heads=2, slots=5)
     for group, room, rounded in (("max", 19, False), ("max", 23, True), ("mean", 19, False), ("max", 1000, True)):
         scores = random_scores(lanes, num_groups, seed=room, rounded=rounded)
@@ -210,6 +210,26 @@ def test_kernel_on_scores_near_and_far(spread: float, kernel_device: torch.devic
     for room in (0, 1, 5, 6, 7, 30, 59, 60, 61):
         got = select_sentences_triton(scores, lanes, group="max", room_tokens=room)
         assert torch.equal(got, select_sentences_ref(scores, lanes, group="max", room_tokens=room))
+
+
+@pytest.mark.parametrize(("top", "total"), [(0.0, 1.0), (1.3, 17.4)])
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_kernel_on_scores_at_the_edges_of_bins(
+    offset: int, top: float, total: float, kernel_device: torch.device
+) -> None:
+    """Each score is the edge of a bin, or the next number on either side: bins and keys must not disagree, as they do if
+    they are not made of one and the same rounded number."""
+    lanes = random_batch([[[2] * 40]], kernel_device, heads=1, slots=19, spare=0)
+    score = -(torch.arange(40.0) + 60).flip(0) / 32
+    for _ in range(abs(offset)):
+        score = torch.nextafter(score, torch.full_like(score, offset * torch.inf))
+    score += top + torch.tensor(total).log()
+    logit = torch.nn.functional.pad(score, (0, lanes.capacity - 40)).view(1, 1, 1, -1).to(kernel_device)
+    extent = torch.tensor([top, total], device=kernel_device).view(1, 1, 1, 1, 2)
+    for room in (37, 38, 39, 80):
+        got = select_sentences_triton(Scores(logit, extent), lanes, group="max", room_tokens=room)
+        taken = min(room // 2, 19)
+        assert got[0, 0].tolist() == [*range(40 - taken, 40), *[-1] * (19 - taken)]
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """Which selected sentences are on the GPU already, and which slots the others get."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.early_start import launch_options, prefetch, prefetched, starts_early, wait_for_inputs
+from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import (
     LAST_USED,
     NUM_SLOTS,
@@ -40,7 +39,7 @@ class Resolved(NamedTuple):
     count_BN: Tensor
 
 
-def resolve_hot_set_ref(selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()) -> Resolved:
+def resolve_hot_set_ref(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:
     """Give every selected sentence a slot: its own if it has one, else that of the least recently used sentence.
 
     Slots of this step's selection are never taken. Of equally old slots those with the lowest numbers are taken; the
@@ -49,8 +48,6 @@ def resolve_hot_set_ref(selected_BNK: Tensor, lanes: Lanes, layer: int, read_nex
 
     Args:
         selected_BNK: int32, distinct rising ids per head, then -1. No head selects more than its lane has slots.
-        read_next: at most three contiguous tensors that kernels after this one will read: brought into the L2 cache
-            meanwhile, where the device can do that. Nothing else may write to them.
     """
     slot_BNK = torch.full_like(selected_BNK, -1)
     length_BNK = torch.zeros_like(selected_BNK)
@@ -198,46 +195,32 @@ def _resolve_hot_set_kernel(
     most_selected,
     num_address,
     num_count,
-    next_a,
-    bytes_a,
-    next_b,
-    bytes_b,
-    next_c,
-    bytes_c,
     NUM_KV_HEADS: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
-    PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Programs past the KV heads prefetch."""
     n, b = tl.program_id(0), tl.program_id(1)
-    if n < NUM_KV_HEADS:
-        row = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected
-        resolve_for_head(
-            selected_ptr + row,
-            slot_ptr + row,
-            length_ptr + row,
-            miss_ptr + row,
-            number_ptr + b * NUM_KV_HEADS + n,
-            victim_ptr + row,
-            address_ptr + b * num_address,
-            count_ptr + b * num_count,
-            n,
-            most_selected,
-            SELECTED_BLOCK,
-            SLOT_BLOCK,
-            EARLY,
-        )
-    elif PREFETCH:
-        if b == 0:
-            prefetch(n - NUM_KV_HEADS, next_a, bytes_a, next_b, bytes_b, next_c, bytes_c)
+    row = (b * NUM_KV_HEADS + n).to(tl.int64) * most_selected
+    resolve_for_head(
+        selected_ptr + row,
+        slot_ptr + row,
+        length_ptr + row,
+        miss_ptr + row,
+        number_ptr + b * NUM_KV_HEADS + n,
+        victim_ptr + row,
+        address_ptr + b * num_address,
+        count_ptr + b * num_count,
+        n,
+        most_selected,
+        SELECTED_BLOCK,
+        SLOT_BLOCK,
+        EARLY,
+    )
 
 
-def resolve_hot_set_triton(
-    selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()
-) -> Resolved:
-    """Slots of the selection, by one program for each KV head and lane; others prefetch `read_next`."""
+def resolve_hot_set_triton(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:
+    """Slots of the selection, by one program for each KV head and lane."""
     batch, num_kv_heads, most_selected = selected_BNK.shape
     assert selected_BNK.is_contiguous()
     assert selected_BNK.dtype == torch.int32
@@ -249,8 +232,7 @@ def resolve_hot_set_triton(
     address_rows = lanes.address_rows(layer)
     slot_block = triton.next_power_of_2(lanes.most_slots)
     early = starts_early(selected_BNK)
-    runs, num_prefetching = prefetched(read_next, early)
-    _resolve_hot_set_kernel[(num_kv_heads + num_prefetching, batch)](
+    _resolve_hot_set_kernel[(num_kv_heads, batch)](
         selected_BNK,
         slot,
         length,
@@ -262,11 +244,9 @@ def resolve_hot_set_triton(
         most_selected,
         address_rows.stride(0),
         lanes.count_of.stride(0),
-        *runs,
         NUM_KV_HEADS=num_kv_heads,
         SELECTED_BLOCK=triton.next_power_of_2(most_selected),
         SLOT_BLOCK=slot_block,
-        PREFETCH=num_prefetching > 0,
         EARLY=early,
         num_warps=4 if slot_block <= 512 else 8,
         **launch_options(early),
@@ -274,7 +254,7 @@ def resolve_hot_set_triton(
     return Resolved(slot, length, miss, number)
 
 
-def resolve_hot_set(selected_BNK: Tensor, lanes: Lanes, layer: int, read_next: Sequence[Tensor] = ()) -> Resolved:
+def resolve_hot_set(selected_BNK: Tensor, lanes: Lanes, layer: int) -> Resolved:
     """Give every selected sentence a slot; see `resolve_hot_set_ref`."""
     op = resolve_hot_set_triton if selected_BNK.is_cuda else resolve_hot_set_ref
-    return op(selected_BNK, lanes, layer, read_next)
+    return op(selected_BNK, lanes, layer)

@@ -31,8 +31,8 @@ their own take registers); and no more than so many bytes:"""
 _MOST_BYTES = 128 << 10
 _PROGRAMS = 528
 """Programs to aim at: a step's latency is what counts, so few of them should have more than one block to read."""
-_MERGED_NUMBERS = 4096
-"""Numbers that the merging program adds up at a time."""
+_MERGED_NUMBERS = 512
+"""Numbers that each warp of the merging program adds up at a time."""
 
 
 def sparse_decode_ref(
@@ -160,6 +160,7 @@ def _sparse_decode_kernel(
     SPLIT_BLOCK: tl.constexpr,
     MERGED: tl.constexpr,
     MERGED_GROUP: tl.constexpr,
+    MERGED_COLUMNS: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
     RING: tl.constexpr,
     FETCH: tl.constexpr,
@@ -291,25 +292,22 @@ def _sparse_decode_kernel(
         top = tl.max(top_PG, axis=0)
         top = tl.where(top == float("-inf"), 0.0, top)
         # A lane without a sequence has nothing to attend to: its sums are 0.
-        sum_of = tl.maximum(tl.sum(tl.exp(top_PG - top[None, :]) * sum_PG, axis=0), 1e-37)
-        merged_PGH = tl.zeros((MERGED, MERGED_GROUP, HEAD_BLOCK), tl.float32)
+        weight_PG = tl.exp(top_PG - top[None, :])
+        sum_of = tl.maximum(tl.sum(weight_PG * sum_PG, axis=0), 1e-37)
+        # Weights go through memory, so that nothing in the loop waits for anything but its loads.
+        tl.store(entry_PG, weight_PG / sum_of[None, :], mask=there)
+        tl.debug_barrier()
+        c = tl.arange(0, MERGED_COLUMNS)
+        in_columns = c < GROUP * HEAD_DIM
+        merged_PC = tl.zeros((MERGED, MERGED_COLUMNS), tl.float32)
         for first in tl.range(0, SPLITS, MERGED, loop_unroll_factor=4):
             some = first + tl.arange(0, MERGED)
-            mask_PG = (some < SPLITS)[:, None] & in_merged[None, :]
-            some_PG = some[:, None] * GROUP + m[None, :]
-            weight_PG = tl.exp(tl.load(extent_ptr + some_PG * 2, mask=mask_PG, other=float("-inf")) - top[None, :])
-            partial_PGH = tl.load(
-                partial_ptr + some_PG[:, :, None] * HEAD_DIM + h[None, None, :],
-                mask=mask_PG[:, :, None] & in_head[None, None, :],
-                other=0.0,
-            )
-            merged_PGH += partial_PGH * weight_PG[:, :, None]
-        merged_GH = tl.sum(merged_PGH, axis=0) / sum_of[:, None]
-        tl.store(
-            output_ptr + head * GROUP * HEAD_DIM + m[:, None] * HEAD_DIM + h[None, :],
-            merged_GH.to(DTYPE),
-            mask=in_merged[:, None] & in_head[None, :],
-        )
+            mask_PC = (some < SPLITS)[:, None] & in_columns[None, :]
+            weight_ptr = extent_ptr + (some[:, None] * GROUP + (c // HEAD_DIM)[None, :]) * 2
+            partial_PC = tl.load(partial_ptr + some[:, None] * (GROUP * HEAD_DIM) + c[None, :], mask=mask_PC, other=0.0)
+            merged_PC += partial_PC * tl.load(weight_ptr, mask=mask_PC, other=0.0)
+        merged = tl.sum(merged_PC, axis=0)
+        tl.store(output_ptr + head * GROUP * HEAD_DIM + c, merged.to(DTYPE), mask=in_columns)
         if SLOT_SPLITS > 0:
             number = tl.load(number_ptr + head)
             if number > 0:
@@ -348,6 +346,7 @@ def sparse_decode_triton(
     """Attention over slots and resident tokens, by one kernel: partial results, merged by the last program to end."""
     batch, num_heads, head_dim = q_BAH.shape
     num_kv_heads = k_BNH.shape[1]
+    fetch = fetch and resolved is not None
     group = num_heads // num_kv_heads
     device, dtype = q_BAH.device, q_BAH.dtype
     assert q_BAH.stride(2) == k_BNH.stride(2) == v_BNH.stride(2) == 1
@@ -362,7 +361,9 @@ def sparse_decode_triton(
     slot_splits = _even_splits(triton.cdiv(most_selected, slots), programs)
     splits = slot_splits + _even_splits(triton.cdiv(most_rows, rows), programs)
     merged_group = triton.next_power_of_2(group)
-    most_merged = max(1, _MERGED_NUMBERS // (merged_group * head_block))
+    columns = triton.next_power_of_2(group * head_dim)
+    num_warps = 4 if fetch and head_block <= 128 else 8
+    most_merged = max(1, _MERGED_NUMBERS * num_warps // columns)
     never_read = lanes.count_of
     where = (
         (never_read, never_read, never_read, never_read)
@@ -415,16 +416,17 @@ def sparse_decode_triton(
         SPLIT_BLOCK=triton.next_power_of_2(splits),
         MERGED=min(most_merged, triton.next_power_of_2(splits)),
         MERGED_GROUP=merged_group,
+        MERGED_COLUMNS=columns,
         SELECTED_BLOCK=triton.next_power_of_2(max(most_selected, 1)),
         RING=sliding,
-        FETCH=fetch and resolved is not None,
+        FETCH=fetch,
         SOFTCAP=softcap is not None,
         PRECISION="ieee" if dtype == torch.float32 else "tf32",
         DTYPE=element_type(dtype),
         EARLY=early,
-        num_warps=8,
+        num_warps=num_warps,
         num_stages=1,
-        maxnreg=128 if head_block <= 128 and not fetch else None,
+        maxnreg=(168 if fetch else 128) if head_block <= 128 else None,
         **launch_options(early),
     )
     return output
