@@ -1,4 +1,7 @@
-"""Every kernel is compiled as it would be launched, for GPUs that need not be there: it fits, hardly spills, and has no doubles."""
+"""Every kernel is compiled as it would be launched, for GPUs that need not be there.
+
+It fits, hardly spills, and has no doubles.
+"""
 
 import json
 import os
@@ -13,7 +16,8 @@ MOST_SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one program may take on an A100 and on an H100."""
 MOST_SPILLED = {"score_sentences": 80, "select_sentences": 160, "sparse_decode": 96}
 """Bytes of registers that a thread stores and loads again, where it is more than 64: `score_sentences` makes variances
-of ranges of 256 dimensions on sm_80, `select_sentences` keeps keys in registers, `sparse_decode` for groups of seven is held to three programs at a time."""
+of ranges of 256 dimensions on sm_80, `select_sentences` keeps keys in registers,
+`sparse_decode` for groups of seven is held to three programs at a time."""
 KERNELS = sorted(p.stem for p in (ROOT / "triton_ops").glob("*.py") if f"def {p.stem}_triton(" in p.read_text("utf-8"))
 
 

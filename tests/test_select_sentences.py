@@ -212,13 +212,16 @@ def test_kernel_on_scores_near_and_far(spread: float, kernel_device: torch.devic
         assert torch.equal(got, select_sentences_ref(scores, lanes, group="max", room_tokens=room))
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("top", "total"), [(0.0, 1.0), (1.3, 17.4)])
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_kernel_on_scores_at_the_edges_of_bins(
     offset: int, top: float, total: float, kernel_device: torch.device
 ) -> None:
-    """Each score is the edge of a bin, or the next number on either side: bins and keys must not disagree, as they do if
-    they are not made of one and the same rounded number."""
+    """Each score is the edge of a bin, or the next number on either side: bins and keys must not disagree.
+
+    They do if they are not made of one and the same rounded number.
+    """
     lanes = random_batch([[[2] * 40]], kernel_device, heads=1, slots=19, spare=0)
     score = -(torch.arange(40.0) + 60).flip(0) / 32
     for _ in range(abs(offset)):
@@ -226,7 +229,7 @@ def test_kernel_on_scores_at_the_edges_of_bins(
     score += top + torch.tensor(total).log()
     logit = torch.nn.functional.pad(score, (0, lanes.capacity - 40)).view(1, 1, 1, -1).to(kernel_device)
     extent = torch.tensor([top, total], device=kernel_device).view(1, 1, 1, 1, 2)
-    for room in (37, 38, 39, 80):
+    for room in range(39):
         got = select_sentences_triton(Scores(logit, extent), lanes, group="max", room_tokens=room)
         taken = min(room // 2, 19)
         assert got[0, 0].tolist() == [*range(40 - taken, 40), *[-1] * (19 - taken)]

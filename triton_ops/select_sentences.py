@@ -90,8 +90,8 @@ def select_sentences_ref(scores: Scores, lanes: Lanes, *, group: Group, room_tok
 
 
 @triton.jit
-def _sum_threes(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
+def _sum_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
 
 
 @triton.jit
@@ -174,16 +174,15 @@ def _rank_sentences_kernel(
 
 @triton.jit
 def _first_too_many(amount, before, room_tokens, max_selected, N: tl.constexpr):
-    """Of N bins in their order, the first with which the budget is exceeded, or N; what lies before it, and in it.
+    """Of N bins in their order, the first with which the budget is exceeded, or N, and what lies before it.
 
     Amounts are tokens, times 2^32, and sentences. Each bin is compared with each: far faster here than a scan.
     """
     i = tl.arange(0, N)
     up_to = before + tl.sum(tl.where(i[None, :] <= i[:, None], amount[None, :], 0), axis=1)
     fits = ((up_to >> 32) <= room_tokens) & ((up_to & 0xFFFFFFFF) <= max_selected)
-    less = up_to - amount
-    is_first = (fits == 0) & ((less >> 32) <= room_tokens) & ((less & 0xFFFFFFFF) <= max_selected)
-    return tl.reduce((fits.to(tl.int32), tl.where(fits, amount, 0), tl.where(is_first, amount, 0)), 0, _sum_threes)
+    first, known = tl.reduce((fits.to(tl.int32), tl.where(fits, amount, 0)), 0, _sum_pairs)
+    return first, before + known
 
 
 @triton.jit
@@ -372,18 +371,16 @@ def _select_sentences_kernel(
     row_of_bins = tl.sum(tl.load(histogram_ptr + bin), axis=1)
     s0 = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + column
     key0 = tl.load(key_ptr + s0, mask=s0 < num_columns, other=-0x80000000)
-    # The bin in which the budget ends, what lies above it, and what lies in it: first its row, then itself.
-    row, above, in_last = _first_too_many(row_of_bins, 0, room_tokens, max_selected, BINS // WIDTH)
+    # The bin in which the budget ends and what lies above it: first its row, then itself.
+    row, above = _first_too_many(row_of_bins, 0, room_tokens, max_selected, BINS // WIDTH)
     last = tl.full((), BINS, tl.int32)
     if row < BINS // WIDTH:
         of_row = tl.load(histogram_ptr + row * WIDTH + tl.arange(0, WIDTH))
-        last, more, in_last = _first_too_many(of_row, above, room_tokens, max_selected, WIDTH)
+        last, above = _first_too_many(of_row, above, room_tokens, max_selected, WIDTH)
         last += row * WIDTH
-        above += more
     cut = tl.full((), -0x7FFFFFFF, tl.int64) << 32
     if last < BINS:
         # Keys from `low` up to `high` lie in that bin.
-        number = (in_last & 0xFFFFFFFF).to(tl.int32)
         edge = last.to(tl.float32) / -BINS_PER_NAT
         high = tl.where(last == 0, 0x7FFFFFFF, _ordered(edge) + 1)
         low = tl.full((), -0x7FFFFFFF, tl.int32)
@@ -413,12 +410,14 @@ def _select_sentences_kernel(
         tl.debug_barrier()
         room_left = room_tokens - (above >> 32).to(tl.int32)
         selected_left = max_selected - (above & 0xFFFFFFFF).to(tl.int32)
-        if number <= FEW:
-            cut = _cut_of_few(listed_ptr, number, key_ptr, sentence_ptr, place_ptr, room_left, selected_left, SOME, FEW)
+        if num_listed <= FEW:
+            cut = _cut_of_few(
+                listed_ptr, num_listed, key_ptr, sentence_ptr, place_ptr, room_left, selected_left, SOME, FEW
+            )
         else:
             cut = _cut_of_many(
                 listed_ptr,
-                number,
+                num_listed,
                 key_ptr,
                 sentence_ptr,
                 place_ptr,
