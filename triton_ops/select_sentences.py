@@ -274,12 +274,18 @@ def _cut_of_many(
 
 
 @triton.jit
+def _is_between(key, column, low, last_of_low, high):
+    return (key < high) & ((key > low) | ((key == low) & (column <= last_of_low)))
+
+
+@triton.jit
 def _store_columns(
     target_ptr,
     num_stored,
     start,
     key,
     low,
+    last_of_low,
     high,
     key_ptr,
     sentence_ptr,
@@ -289,14 +295,13 @@ def _store_columns(
     WIDTH: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Store the columns of one block whose places lie from `low` up to `high`, in order, behind those stored before.
+    """Store the columns of one block whose keys lie between `low` and `high`, in order, behind those stored before.
 
-    Rows are counted, then each target looks for its row, and within it for its column: a scan of the whole block takes
+    Of keys equal to `low`, those up to the column `last_of_low`. Rows are counted, then each target looks for its row, and within it for its column: a scan of the whole block takes
     several times as long here. `MAP`: store the sentences that columns stand for. Returns how many are stored by now.
     """
     column = start + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    place = _place_in_ranking(key, column)
-    in_row = tl.sum(((place >= low) & (place < high)).to(tl.int32), axis=1)
+    in_row = tl.sum(_is_between(key, column, low, last_of_low, high).to(tl.int32), axis=1)
     # Of each row, how many lie in it and before it, and its number behind that.
     up_to_row = tl.cumsum(in_row, axis=0) * (2 * ROWS) + tl.arange(0, ROWS) + 1
     number = tl.sum(in_row, axis=0)
@@ -308,8 +313,8 @@ def _store_columns(
         row = last_past % (2 * ROWS)
         near = start + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         mask = (i < number)[:, None] & (near < num_columns)
-        near_place = _place_in_ranking(tl.load(key_ptr + near, mask=mask, other=-0x80000000), near)
-        is_in = (near_place >= low) & (near_place < high)
+        near_key = tl.load(key_ptr + near, mask=mask, other=-0x80000000)
+        is_in = _is_between(near_key, near, low, last_of_low, high)
         rank = before_row[:, None] + tl.cumsum(is_in.to(tl.int32), axis=1)
         found = tl.sum(tl.where(is_in & (rank == i[:, None] + 1), near, 0), axis=1)
         if MAP:
@@ -386,7 +391,6 @@ def _select_sentences_kernel(
         low = tl.full((), -0x7FFFFFFF, tl.int32)
         if last < BINS - 1:
             low = _ordered(edge - 1.0 / BINS_PER_NAT) + 1
-        lowest, highest = low.to(tl.int64) << 32, high.to(tl.int64) << 32
         num_listed = tl.zeros((), tl.int32)
         for start in range(0, num_columns, BLOCK):
             key = key0
@@ -397,8 +401,9 @@ def _select_sentences_kernel(
                 num_listed,
                 start,
                 key,
-                lowest,
-                highest,
+                low,
+                0x7FFFFFFF,
+                high,
                 key_ptr,
                 sentence_ptr,
                 num_columns,
@@ -421,8 +426,8 @@ def _select_sentences_kernel(
                 key_ptr,
                 sentence_ptr,
                 place_ptr,
-                lowest,
-                highest,
+                low.to(tl.int64) << 32,
+                high.to(tl.int64) << 32,
                 room_left,
                 selected_left,
                 SOME,
@@ -439,8 +444,9 @@ def _select_sentences_kernel(
             num_taken,
             start,
             key,
-            cut,
-            0x7FFFFFFFFFFFFFFF,
+            (cut >> 32).to(tl.int32),
+            (0x7FFFFFFF - (cut & 0xFFFFFFFF)).to(tl.int32),
+            0x7FFFFFFF,
             key_ptr,
             sentence_ptr,
             num_columns,
