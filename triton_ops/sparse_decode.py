@@ -294,7 +294,9 @@ def _sparse_decode_kernel(
         # A lane without a sequence has nothing to attend to: its sums are 0.
         weight_PG = tl.exp(top_PG - top[None, :])
         sum_of = tl.maximum(tl.sum(weight_PG * sum_PG, axis=0), 1e-37)
-        # Weights go through memory, so that nothing in the loop waits for anything but its loads.
+        # Weights go through memory, so that nothing in the loop waits for anything but its loads. They overwrite what
+        # other warps may not have read yet.
+        tl.debug_barrier()
         tl.store(entry_PG, weight_PG / sum_of[None, :], mask=there)
         tl.debug_barrier()
         c = tl.arange(0, MERGED_COLUMNS)
