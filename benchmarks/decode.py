@@ -38,6 +38,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 limit is twice the difference between transformers' own two dense implementations."""
 
 
+def tolerance_of(dtype: torch.dtype, rounding: float) -> float:
+    """Difference that passes; `rounding`: that between two dense implementations."""
+    return max(TOLERANCE[dtype], 2 * rounding)
+
+
 def check(
     model: PreTrainedModel, layers: FusedLayers, memory: HostMemory, policy: str, context_tokens: int, seed: int
 ) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def check(
         return ((logits[name] - logits["dense"]).norm() / logits["dense"].norm()).item()
 
     error, rounding, control = difference("sparse"), difference("eager"), difference("window")
-    tolerance = max(TOLERANCE[model.dtype], 2 * rounding)
+    tolerance = tolerance_of(model.dtype, rounding)
     return {
         "policy": policy,
         "context_tokens": context_tokens,

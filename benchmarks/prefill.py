@@ -6,16 +6,18 @@ Weights and prompts are random. transformers reads the prompt in one forward pas
 sentencekv reads it in chunks, summarises its sentences and leaves their KV in host memory, to the last byte before the
 clock stops. The first reading takes host memory from the system (`cold`), later ones find it (`warm`). The floor is the
 arithmetic of the matrix products at the rate that the machine reaches on large ones. Before anything is timed, the
-logits of both on a short prompt are compared; and each reading's logits are compared with those of dense reading where
-that fits.
+logits of both on a short prompt must agree as well as those of two dense implementations do; and each reading's logits
+are compared with those of dense reading where that fits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import report
-from benchmarks.decode import TOLERANCE
+from benchmarks.decode import TOLERANCE, tolerance_of
 from benchmarks.workload import SHAPES, Context, config_of, make_model
 from sentencekv.config import Config
 from sentencekv.memory import HostMemory
@@ -77,12 +79,12 @@ class Ours:
     """Reading through a session, KV and all."""
 
     def __init__(self, model: PreTrainedModel, config: Config, memory: HostMemory) -> None:
-        self._model, self._config, self._memory = model, config, memory
+        self._model, self._config, self.memory = model, config, memory
         self.session: Session | None = None
 
     def __call__(self, prompt: Prompt) -> Tensor:
         policy = load(self._config.policy, self._config.policy_options)
-        self.session = Session(self._config, policy, self._memory, self._model.device)
+        self.session = Session(self._config, policy, self.memory, self._model.device)
         chunk_tokens = self._config.prefill_chunk_tokens or CHUNK_TOKENS[self._model.device.type]
         logits = read(self._model, [self.session], [prompt], chunk_tokens=chunk_tokens)
         self.session.state()  # waits until all rows are in host memory
@@ -121,13 +123,45 @@ def difference(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
-def check(model: PreTrainedModel, ours: Ours, seed: int) -> float:
-    """Relative error of ours against dense on a short prompt, in several chunks. Raises AssertionError if too large."""
+@contextlib.contextmanager
+def peaked_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Keys four times as long meanwhile: random ones make all tokens matter alike, and a missed one not at all."""
+    weights = [p for name, p in model.named_parameters() if name.endswith("k_proj.weight")]
+    with torch.no_grad():
+        for weight in weights:
+            weight *= 4
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight in weights:
+                weight /= 4  # a power of two: every bit is what it was
+
+
+def check(model: PreTrainedModel, ours: Ours, seed: int) -> dict[str, Any]:
+    """Relative error of reading a short prompt in several chunks against dense reading.
+
+    The same with `eager` in place of `sdpa` attention says how much rounding alone does, dense reading of all but the
+    first third how much tokens do that are missed.
+    """
     prompt = make_prompt(model, min(CHECK_TOKENS, model.config.max_position_embeddings), Config(), seed)
-    small = Ours(model, Config(prefill_chunk_tokens=max(len(prompt.token_ids) // 3, 16)), ours._memory)
-    error = difference(small(prompt), dense(model, prompt))
-    assert error <= TOLERANCE[model.dtype], f"logits differ from dense ones by {error:.2g} of their norm"
-    return error
+    chunk = max(len(prompt.token_ids) // 3, 16)
+    with peaked_attention(model):
+        truth = dense(model, prompt)
+        error = difference(Ours(model, Config(prefill_chunk_tokens=chunk), ours.memory)(prompt), truth)
+        control = difference(dense(model, dataclasses.replace(prompt, token_ids=prompt.token_ids[chunk:])), truth)
+        model.set_attn_implementation("eager")
+        rounding = difference(dense(model, prompt), truth)
+        model.set_attn_implementation("sdpa")
+    tolerance = tolerance_of(model.dtype, rounding)
+    return {
+        "tokens": len(prompt.token_ids),
+        "relative_error": error,
+        "rounding_relative_error": rounding,
+        "control_relative_error": control,
+        "tolerance": tolerance,
+        "passed": error <= tolerance and control >= 2 * tolerance,
+    }
 
 
 def rows_of(
@@ -233,8 +267,16 @@ def main(
     memory = HostMemory(None, pinned=where.type == "cuda")
     ours = Ours(model, config, memory)
     rate = matrix_rate(where, precision)
-    error = check(model, ours, seed)
-    report.say(f"logits agree to {error:.1e}; {rate / 1e12:.1f} TFLOP/s on large products")
+    checked = check(model, ours, seed)
+    text_of_check = (
+        f"check at {checked['tokens']} tokens: reading in chunks is within {checked['relative_error']:.2g} of dense "
+        f"(limit {checked['tolerance']:.2g}; dense with eager attention is within {checked['rounding_relative_error']:.2g}), "
+        f"without the first third {checked['control_relative_error']:.2g}"
+    )
+    report.say(f"{text_of_check}; {rate / 1e12:.1f} TFLOP/s on large products")
+    if not checked["passed"]:
+        report.say("not timed: the check failed")
+        raise typer.Exit(1)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     rows: list[dict[str, Any]] = []
     for length in lengths:
@@ -252,13 +294,13 @@ def main(
         "seed": seed,
         "weight_bytes": weight_bytes,
         "matrix_operations_per_second": rate,
-        "check_error": error,
+        "check": checked,
         "commit": source_commit or report.commit(),
         "hardware": report.hardware(where),
         "versions": report.versions(),
         "rows": rows,
     }
-    text = table(rows, weight_bytes)
+    text = f"{text_of_check}\n\n{table(rows, weight_bytes)}"
     print(text)
     if save is not None:
         report.save(save, result, text)
