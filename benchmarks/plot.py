@@ -142,7 +142,7 @@ def _draw(panel: Axes, lines: Sequence[Line]) -> None:
         longest = max(line.ms_of)
         value = line.ms_of[longest]
         panel.annotate(
-            f"{line.label}  {value:.3g} ms" + ("" if longest == contexts[-1] else f" at {_tokens(longest)}"),
+            f"{line.label}  {_milliseconds(value)} ms" + ("" if longest == contexts[-1] else f" at {_tokens(longest)}"),
             xy=(longest, value),
             xycoords="data",
             xytext=(1.015, place),
@@ -153,6 +153,10 @@ def _draw(panel: Axes, lines: Sequence[Line]) -> None:
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": line.color, "linewidth": 0.5, "alpha": 0.5, "shrinkB": 4},
         )
+
+
+def _milliseconds(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _tokens(number: float) -> str:

@@ -297,8 +297,9 @@ def _store_columns(
 ):
     """Store the columns of one block whose keys lie between `low` and `high`, in order, behind those stored before.
 
-    Of keys equal to `low`, those up to the column `last_of_low`. Rows are counted, then each target looks for its row, and within it for its column: a scan of the whole block takes
-    several times as long here. `MAP`: store the sentences that columns stand for. Returns how many are stored by now.
+    Of keys equal to `low`, those up to the column `last_of_low`. Rows are counted, then each target looks for its row,
+    and within it for its column: a scan of the whole block takes several times as long here. `MAP`: store the sentences
+    that columns stand for. Returns how many are stored by now.
     """
     column = start + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     in_row = tl.sum(_is_between(key, column, low, last_of_low, high).to(tl.int32), axis=1)
