@@ -270,7 +270,8 @@ def main(
     checked = check(model, ours, seed)
     text_of_check = (
         f"check at {checked['tokens']} tokens: reading in chunks is within {checked['relative_error']:.2g} of dense "
-        f"(limit {checked['tolerance']:.2g}; dense with eager attention is within {checked['rounding_relative_error']:.2g}), "
+        f"(limit {checked['tolerance']:.2g}; dense with eager attention is within "
+        f"{checked['rounding_relative_error']:.2g}), "
         f"without the first third {checked['control_relative_error']:.2g}"
     )
     report.say(f"{text_of_check}; {rate / 1e12:.1f} TFLOP/s on large products")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Literal, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -43,9 +44,18 @@ class Decoding:
         self._sampler = Sampler(options, context_ids, session.device)
         self._first_position = session.num_tokens
 
-    def take(self, logits_V: Tensor) -> str:
-        """Draw the next token; returns the text that it makes certain."""
-        token, logprob = self._sampler.draw(logits_V)
+    def draw(self, logits_V: Tensor) -> Tensor:
+        """Draw the next token, on the device; see `Sampler.draw`."""
+        return self._sampler.draw(logits_V)
+
+    @property
+    def ends_by_length(self) -> bool:
+        """Whether the next token is the last one allowed."""
+        return len(self.token_ids) + 1 >= self._options.max_new_tokens
+
+    def take(self, drawn: Sequence[float]) -> str:
+        """Add the token that `draw` gave; returns the text that it makes certain."""
+        token, logprob = self._sampler.take(drawn)
         self.last_token_at = time.perf_counter()
         if not self.token_ids:
             self.first_token_at = self.last_token_at
@@ -91,17 +101,59 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
     """Generate until every sequence has ended; yields `(index, text)` whenever text becomes certain.
 
     `first_logits_BV` are those of each sequence's last context token. A sequence that ends leaves the batch.
+
+    Where the stepper runs ahead, the next step starts while the host still has to see what was drawn for it; if that
+    ends a sequence, its part of the step is given up.
     """
     logits_BV = first_logits_BV
     active = list(range(len(decodings)))
     while active:
-        for row, i in enumerate(active):
-            piece = decodings[i].take(logits_BV[row])
-            if piece:
-                yield i, piece
-        active = [i for i in active if decodings[i].finish_reason is None]
-        if not active:
-            return
-        for i in active:
-            decodings[i].close_sentences()
-        logits_BV = stepper.step([decodings[i].session for i in active], [decodings[i].token_ids[-1] for i in active])
+        drawn_B3 = torch.stack([decodings[i].draw(logits_BV[row]) for row, i in enumerate(active)])
+        arriving = _Arriving(drawn_B3)
+        ahead: list[int] = []
+        if stepper.runs_ahead:
+            rows = [row for row, i in enumerate(active) if not decodings[i].ends_by_length]
+            ahead = [active[row] for row in rows]
+            if ahead:
+                tokens_B = drawn_B3[:, 0].long()
+                tokens_B = tokens_B if len(rows) == len(active) else tokens_B[rows]
+                logits_BV = stepper.launch([decodings[i].session for i in ahead], tokens_B)
+        open_passes = set(ahead)
+        try:
+            for i, drawn in zip(active, arriving.wait(), strict=True):
+                piece = decodings[i].take(drawn)
+                if piece:
+                    yield i, piece
+            active = [i for i in active if decodings[i].finish_reason is None]
+            for i in active:
+                decodings[i].close_sentences()
+            open_passes -= set(active)
+        finally:
+            # Also if nobody asks for more text, or a token cannot be drawn.
+            for i in open_passes:
+                decodings[i].session.cancel()
+        if ahead:
+            for i in active:
+                decodings[i].session.end()
+            if active != ahead:
+                logits_BV = logits_BV[[ahead.index(i) for i in active]]
+        elif active:
+            sessions = [decodings[i].session for i in active]
+            logits_BV = stepper.step(sessions, [decodings[i].token_ids[-1] for i in active])
+
+
+class _Arriving:
+    """A small tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._on_host, self._arrived = tensor, None
+        if tensor.is_cuda:
+            self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._on_host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> list[list[float]]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return cast(list[list[float]], self._on_host.tolist())

@@ -56,12 +56,14 @@ class Stepper:
         graph: bool = True,
         fuse: bool = True,
         layers: FusedLayers | None = None,
+        run_ahead: bool = False,
     ) -> None:
         """
         Args:
             graph: False runs every step eagerly, as where there is no GPU.
             fuse: False leaves the model's own layers as they are.
             layers: those of the model, if they were looked at already.
+            run_ahead: see `runs_ahead`; not where everything is read.
         """
         self._model = model
         self._policy = policy
@@ -73,17 +75,31 @@ class Stepper:
         """Graphs recorded so far, those recorded again included."""
         self.records = graph and model.device.type == "cuda" and policy.reads != "everything"
         """Whether steps are replayed graphs."""
+        self.runs_ahead = run_ahead and policy.reads != "everything"
+        """Whether generation may launch a step before the host has seen the token that it starts from."""
 
     @property
     def num_fused(self) -> int:
         """Layers that run as fused kernels in recorded steps."""
         return 0 if self._fused is None else self._fused.num_fused
 
-    @torch.inference_mode()
     def step(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Tensor:
         """Append one token to each session; returns float32 logits `[B, vocabulary]`, valid until the next step."""
         if not self.records:
             return forward(self._model, [[token] for token in token_ids], sessions, exact=False)
+        logits_BV = self.launch(sessions, token_ids)
+        for session in sessions:
+            session.end()
+        return logits_BV
+
+    @torch.inference_mode()
+    def launch(self, sessions: Sequence[Session], token_ids: Sequence[int] | Tensor) -> Tensor:
+        """As `step`, but the sessions' passes stay open: `end` or `cancel` each one. Does not wait for the device.
+
+        `token_ids`: also int64 `[B]` on the device, of tokens that the host has not seen.
+        """
+        if not self.records:
+            return self._launch_eagerly(sessions, token_ids)
         num_lanes = 1 << (len(sessions) - 1).bit_length()
         recording = self._recording_of.get(num_lanes)
         if recording is None:
@@ -99,8 +115,10 @@ class Stepper:
                 self._record(recording)
                 recording.batch.seat(sessions, num_lanes)
             with recording.inputs.writing() as inputs:
-                row = [list(token_ids), [session.num_tokens for session in sessions]]
-                inputs[:, : len(sessions)] = torch.tensor(row)
+                inputs[0, : len(sessions)] = 0 if isinstance(token_ids, Tensor) else torch.tensor(token_ids)
+                inputs[1, : len(sessions)] = torch.tensor([session.num_tokens for session in sessions])
+            if isinstance(token_ids, Tensor):
+                recording.inputs.on_device[0, : len(sessions)] = token_ids
             if recording.graph is None:
                 logits_BV = self._run(recording)
             else:
@@ -110,9 +128,17 @@ class Stepper:
         finally:
             # Also after an interrupt: a session that nobody continues gives its memory back.
             recording.batch.forget()
-        for session in sessions:
-            session.end()
         return logits_BV[: len(sessions)]
+
+    def _launch_eagerly(self, sessions: Sequence[Session], token_ids: Sequence[int] | Tensor) -> Tensor:
+        for session in sessions:
+            session.begin(1, exact=False)
+        batch = LaneBatch(self._policy)
+        batch.seat(sessions)
+        device = self._model.device
+        ids = token_ids if isinstance(token_ids, Tensor) else torch.tensor(token_ids, device=device)
+        positions = torch.tensor([session.num_tokens for session in sessions], device=device)
+        return run_model(self._model, ids, positions, batch)
 
     def _run(self, recording: _Recording) -> Tensor:
         if self._fused is None and self._fuse:

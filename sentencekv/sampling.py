@@ -93,6 +93,11 @@ _LONGEST_CHARACTER = 4
 
 _CONTEXT_TOKENS = 6
 
+_NAN_LOGITS = (
+    "the model's logits are NaN; its weights or its precision are broken: try dtype='float32', "
+    "and check the model folder"
+)
+
 
 class Sampler:
     """Draws the tokens of one sequence."""
@@ -121,30 +126,36 @@ class Sampler:
         seen = list(prompt_ids) if self._counts_ids else []
         self._ids = torch.tensor(seen, dtype=torch.int64, device=device)
 
-    def draw(self, logits_V: Tensor) -> tuple[int, float | None]:
-        """The next token and, if asked for, its log-probability under the model itself.
+    def draw(self, logits_V: Tensor) -> Tensor:
+        """Draw the next token; float64 `[3]` on the logits' device for `take`. Does not wait for the device.
 
-        Raises FloatingPointError on NaN logits.
+        That is the token, its log-probability under the model itself (if asked for), and whether logits are NaN.
         """
-        if self._greedy and not self._processors and not self._logprobs:
-            # NaN counts as the largest: one wait for the device tells both.
-            highest, index = logits_V.max(dim=-1)
-            value, token = torch.stack([highest.double(), index.double()]).tolist()
-            if math.isnan(value):
-                refuse_nan(logits_V)
-            return int(token), None
-        refuse_nan(logits_V)
-        ids = cast(torch.LongTensor, self._ids[None])
-        scores = (
-            self._processors(ids, cast(torch.FloatTensor, logits_V[None].clone()))[0] if self._processors else logits_V
-        )
-        if self._greedy:
-            token = int(scores.argmax())
+        if self._greedy and not self._processors:
+            highest, token = logits_V.max(dim=-1)
+            is_nan = torch.isnan(highest)  # NaN counts as the largest
         else:
-            token = int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
-        if self._counts_ids:
-            self._ids = torch.cat([self._ids, self._ids.new_tensor([token])])
-        return token, float(logits_V.log_softmax(dim=-1)[token]) if self._logprobs else None
+            is_nan = torch.isnan(logits_V).any()
+            ids = cast(torch.LongTensor, self._ids[None])
+            # From NaN a device draws nothing more, ever.
+            scores = torch.where(is_nan, 0.0, logits_V)
+            if self._processors:
+                scores = self._processors(ids, cast(torch.FloatTensor, scores[None]))[0]
+            if self._greedy:
+                token = scores.argmax()
+            else:
+                token = torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator)[0]
+            if self._counts_ids:
+                self._ids = torch.cat([self._ids, token[None]])
+        logprob = logits_V.log_softmax(dim=-1).gather(0, token[None])[0] if self._logprobs else is_nan
+        return torch.stack([token.double(), logprob.double(), is_nan.double()])
+
+    def take(self, drawn: Sequence[float]) -> tuple[int, float | None]:
+        """What `draw` gave, once it is here: the token and its log-probability. Raises FloatingPointError on NaN."""
+        token, logprob, is_nan = drawn
+        if is_nan:
+            raise FloatingPointError(_NAN_LOGITS)
+        return int(token), logprob if self._logprobs else None
 
 
 class TextStream:
@@ -205,10 +216,7 @@ class TextStream:
 def refuse_nan(logits: Tensor) -> None:
     """Raise FloatingPointError if a model gave NaN logits: nothing drawn from them would mean anything."""
     if torch.isnan(logits).any():
-        raise FloatingPointError(
-            "the model's logits are NaN; its weights or its precision are broken: try dtype='float32', "
-            "and check the model folder"
-        )
+        raise FloatingPointError(_NAN_LOGITS)
 
 
 def _overlap(text: str, stop: str) -> int:

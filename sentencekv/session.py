@@ -193,6 +193,14 @@ class Session:
             if self._lane is None:
                 self._places = Places(self._extents, self.device)
 
+    def cancel(self) -> None:
+        """Give up the sparse pass under way: its token is not part of the context. What it fetched stays."""
+        assert self._pass is not None
+        assert not self._pass.exact
+        self._pass = None
+        # Its slots would count as those of the next step, which may need them.
+        self.lane().step += 1
+
     def _close_from_lane(self, closing: list[int], runs: list[Run]) -> None:
         """Summarise and offload sentences of all layers at once, and make them selectable."""
         lane, own = self._lane, self._own

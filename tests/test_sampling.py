@@ -49,7 +49,7 @@ def test_unknown_option_gets_the_list() -> None:
 
 def draws(logits: torch.Tensor, count: int = 400, **options) -> list[int]:
     sampler = Sampler(SamplingOptions(**options), [0], CPU)
-    return [sampler.draw(logits)[0] for _ in range(count)]
+    return [sampler.take(sampler.draw(logits).tolist())[0] for _ in range(count)]
 
 
 def test_filters_leave_only_what_they_should() -> None:
@@ -76,13 +76,15 @@ def test_seed_repeats() -> None:
 def test_logprobs_are_the_models_own() -> None:
     logits = torch.tensor([1.0, 2.0, 3.0])
     sampler = Sampler(SamplingOptions(temperature=0.5, seed=0, logprobs=True), [0], CPU)
-    token, logprob = sampler.draw(logits)
+    token, logprob = sampler.take(sampler.draw(logits).tolist())
     assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]))
 
 
 def test_nan_logits_are_refused() -> None:
     with pytest.raises(FloatingPointError, match="NaN"):
         draws(torch.tensor([0.0, float("nan")]), count=1)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        draws(torch.tensor([float("nan"), 0.0]), count=1, temperature=1.0, seed=0, repetition_penalty=1.2)
 
 
 @settings(max_examples=60, deadline=None)
