@@ -14,6 +14,7 @@ from sentencekv.sampling import SamplingOptions
 from sentencekv.session import Session
 from tests.conftest import make_model
 from tests.test_graph import reading_session, token_ids
+from triton_ops.resolve_hot_set import resolve_hot_set_triton
 
 LENGTHS = [300, 41, 160]
 
@@ -83,9 +84,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("policy", ["moments", "codes", "window"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_running_ahead_changes_nothing(name: str, policy: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_running_ahead_changes_nothing(
+    name: str, policy: str, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> None:
     """Nor is a step launched that no sequence needs, where lengths alone end them."""
-    model = make_model("llama")
+    model = make_model("llama").to(device)
     made = [generate(model, tokenizer, OPTIONS[name], policy=policy, run_ahead=ahead) for ahead in (True, False)]
     (mine, texts, num_launched), (others, other_texts, _) = made
     assert texts == other_texts
@@ -98,9 +101,11 @@ def test_running_ahead_changes_nothing(name: str, policy: str, tokenizer: PreTra
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_what_was_launched_too_much_leaves_no_trace(architecture: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_was_launched_too_much_leaves_no_trace(
+    architecture: str, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> None:
     """Sequences end by tokens that nobody could foresee, one after another, also in sliding-window layers."""
-    model = make_model(architecture)
+    model = make_model(architecture).to(device)
     options = [{"max_new_tokens": 60, "temperature": 1.0, "seed": n} for n in range(3)]
     free, _, _ = generate(model, tokenizer, options, run_ahead=False)
     stop_ids = tuple(decoding.token_ids[after] for decoding, after in zip(free, (10, 20, 30), strict=True))
@@ -116,8 +121,8 @@ def test_what_was_launched_too_much_leaves_no_trace(architecture: str, tokenizer
         compare_next_steps(model, decoding.session, other.session)
 
 
-def test_stop_strings(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = make_model("llama")
+def test_stop_strings(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> None:
+    model = make_model("llama").to(device)
     options = [{"max_new_tokens": 30, "temperature": 1.0, "seed": n} for n in range(3)]
     free, _, _ = generate(model, tokenizer, options, run_ahead=False)
     for given, decoding in zip(options, free, strict=True):
@@ -129,9 +134,9 @@ def test_stop_strings(tokenizer: PreTrainedTokenizerFast) -> None:
         compare_next_steps(model, decoding.session, other.session)
 
 
-def test_nobody_asks_for_more(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_nobody_asks_for_more(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> None:
     """The step under way is given up; each session goes on from the tokens that it has."""
-    model = make_model("llama")
+    model = make_model("llama").to(device)
     options = [{"max_new_tokens": 30, "temperature": 1.0, "seed": n} for n in range(3)]
     decodings, _, _ = generate(model, tokenizer, options, run_ahead=True, pieces=20)
     for decoding, n in zip(decodings, LENGTHS, strict=True):
@@ -145,14 +150,15 @@ def test_nobody_asks_for_more(tokenizer: PreTrainedTokenizerFast) -> None:
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
-def test_slots_of_a_step_given_up_can_be_taken(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Were they held for the next step, it would find none for what it misses."""
-    model = make_model("llama")
+def test_slots_of_a_step_given_up_can_be_taken(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were they held for the next step, the kernel would find none for what that step misses."""
+    monkeypatch.setattr("sentencekv.batch.resolve_hot_set", resolve_hot_set_triton)
+    model = make_model("llama").to(kernel_device)
     session, twin = (reading_session(model, 300) for _ in range(2))
-    stepper = Stepper(model, session.policy, run_ahead=True)
-    for token in token_ids(25, 3):
+    stepper = Stepper(model, session.policy, graph=False, run_ahead=True)
+    for token in token_ids(8, 3):
         for given_up in ((token + 7) % 64, (token + 19) % 64):
-            stepper.launch([session], torch.tensor([given_up]))
+            stepper.launch([session], torch.tensor([given_up], device=kernel_device))
             session.cancel()
         logits = [forward(model, [[token]], [each], exact=False) for each in (session, twin)]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
