@@ -153,7 +153,7 @@ class Forced(Policy):
     def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
         selected_BNK = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=room_tokens)
         assert self.schedule.window_SW.shape[1] <= selected_BNK.shape[2]
-        if layer == lanes.layers[0]:
+        if layer == min(lanes.lanes[0].hot_kv):  # not a sliding-window layer: those select nothing
             self._scheduled_of[lanes] = torch.empty_like(selected_BNK)
             force = force_triton if selected_BNK.is_cuda else force_ref
             force(self._scheduled_of[lanes], lanes, self.schedule)

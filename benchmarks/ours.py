@@ -21,13 +21,15 @@ def eager_step(model: PreTrainedModel, sessions: Sequence[Session]) -> Step:
     return lambda tokens: forward(model, [[token] for token in tokens], sessions, exact=False)
 
 
-def make_stepper(model: PreTrainedModel, session: Session, layers: FusedLayers | None) -> Stepper:
+def make_stepper(
+    model: PreTrainedModel, session: Session, layers: FusedLayers | None, *, run_ahead: bool = False
+) -> Stepper:
     """A stepper for the session's policy with these layers, which are then looked at once and not for every graph.
 
     `layers` None: the model's layers as they are.
     """
     fuse = layers is not None
-    return Stepper(model, session.policy, fuse=fuse, layers=layers)
+    return Stepper(model, session.policy, fuse=fuse, layers=layers, run_ahead=run_ahead)
 
 
 def graph_step(stepper: Stepper, sessions: Sequence[Session]) -> Step:

@@ -129,13 +129,13 @@ def peaked_attention(model: PreTrainedModel) -> Iterator[None]:
     weights = [p for name, p in model.named_parameters() if name.endswith("k_proj.weight")]
     with torch.no_grad():
         for weight in weights:
-            weight *= 4
+            weight.mul_(4)
     try:
         yield
     finally:
         with torch.no_grad():
             for weight in weights:
-                weight /= 4  # a power of two: every bit is what it was
+                weight.div_(4)  # a power of two: every bit is what it was
 
 
 def check(model: PreTrainedModel, ours: Ours, seed: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks import report
 from benchmarks.baselines import Step, dense_step, flashinfer_launch, offloaded_cache
 from benchmarks.forced import Forced, Schedule
+from benchmarks.loop import time_loop
 from benchmarks.ours import (
     eager_step,
     graph_step,
@@ -231,7 +232,8 @@ class Rows:
         for hit_rate in settings.hit_rates:
             variants = ["graph, fused"]
             shown = self.context.num_tokens == settings.before_after and hit_rate == self._typical_hit_rate()
-            if shown and batch == 1 and name == settings.policies[0] and budget == settings.budgets[0]:
+            shown = shown and name == settings.policies[0] and budget == settings.budgets[0]
+            if shown and batch == 1:
                 variants = ["eager", "graph, modules as they are", *variants]
             if hit_rate is not None:
                 schedule.set_hit_rate(hit_rate)
@@ -278,6 +280,8 @@ class Rows:
                     after=put_holdings,
                     slow=variant == "eager",
                 )
+                if variant == "graph, fused" and shown and row["status"] == "ok":
+                    self._loops(facts | {"hit_rate_asked": hit_rate}, fork)
                 if (
                     profiles is not None
                     and hit_rate == self._typical_hit_rate()
@@ -287,6 +291,27 @@ class Rows:
                     step = make()
                     profiles.append((row, functools.partial(self._profile, step, running, schedule, hit_rate)))
         report.free(self._machine.device)
+
+    def _loops(self, facts: dict[str, Any], fork: Callable[[], list[Session]]) -> None:
+        """Generation itself, step by step and running ahead: both must draw the same tokens."""
+        settings, model = self._settings, self._machine.model
+        drawn: list[list[list[int]]] = []
+        for variant, ahead in (("decode loop", False), ("decode loop, ahead", True)):
+            row = self._row(variant, **facts)
+            running = fork()
+            stepper = make_stepper(model, running[0], self._machine.layers, run_ahead=ahead)
+            first = next(self._tokens(len(running)))
+            times, tokens = time_loop(stepper, running, first, settings.warmup_tokens, settings.new_tokens)
+            drawn.append(tokens)
+            if tokens != drawn[0]:
+                row["status"] = "failed: draws other tokens"
+            row |= {"recorded": stepper.records, "relative_error": None}
+            self._put_times(row, times)
+            row |= holdings(running)
+            row.pop("tokens_fetched")
+            row["read_bytes"] = row["summary_bytes"] + row["batch"] * row["budget_tokens"] * self.context.token_bytes
+            report.free(self._machine.device)
+            self._add(row)
 
     def _typical_hit_rate(self) -> HitRate:
         rates = self._settings.hit_rates

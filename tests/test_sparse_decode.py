@@ -232,7 +232,7 @@ def test_kernel_with_any_number_of_programs(
     module = importlib.import_module("triton_ops.sparse_decode")
     monkeypatch.setattr(module, "_ROWS", 16)
     monkeypatch.setattr(module, "_PROGRAMS", programs)
-    monkeypatch.setattr(module, "_MERGED_NUMBERS", 64)
+    monkeypatch.setattr(module, "_MERGED_NUMBERS", 8)
 
     def make() -> tuple[Lanes, Step]:
         lanes = random_batch([[[3] * 19], [[8]]], kernel_device, residents=[203, 16], heads=1, slots=19)

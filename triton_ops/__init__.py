@@ -7,8 +7,9 @@ dimension, `S` sentences, `K` selected sentences (padded with -1), `C` hot-set s
 (`max_sentence_tokens`), `R` rows of resident tokens, `D` layers that retrieve.
 
 The order within one layer of one step: `score_sentences` or `score_codes`, `select_sentences`, `resolve_hot_set`,
-`gather_kv`, `sparse_decode`. `summarize`, `encode_keys` and `offload_kv` run when sentences are closed,
-`merge_attention` while a text is read. `lanes` says where kernels find what belongs to a sequence.
+`sparse_decode`, and before it `gather_kv` where host memory holds codes. `summarize`, `encode_keys` and `offload_kv`
+run when sentences are closed, `merge_attention` while a text is read. `lanes` says where kernels find what belongs to a
+sequence.
 """
 
 from triton_ops.encode_keys import encode_keys

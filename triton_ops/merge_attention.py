@@ -58,6 +58,8 @@ def _merge_attention_kernel(
         part_ptr + a * part_stride_a + row.to(tl.int64)[:, None] * part_stride_l + h[None, :], mask=mask, other=0.0
     )
     total = total * (share * scale)[:, None] + part.to(tl.float32) * (part_share * scale)[:, None]
+    # Warps hold copies of the logs; one must not overwrite what another has yet to read.
+    tl.debug_barrier()
     tl.store(total_ptr, total, mask=mask)
     tl.store(log_ptr + a * num_rows + row, highest + tl.log(tl.maximum(both, 1e-37)), mask=there)
 

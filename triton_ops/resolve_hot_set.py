@@ -119,7 +119,6 @@ def resolve_for_head(
     EARLY: tl.constexpr,
 ):
     """One KV head's slots. `victim_ptr`: scratch of `most_selected` entries."""
-    step = tl.load(count_ptr + STEP)
     num_slots = tl.load(count_ptr + NUM_SLOTS)
     sentence_rows = tl.load(count_ptr + SENTENCE_ROWS)
     place_ptr = tl.load(address_ptr + PLACE).to(tl.pointer_type(tl.int32))
@@ -129,6 +128,7 @@ def resolve_for_head(
     slot_of_ptr = tl.load(address_ptr + SLOT_OF_SENTENCE).to(tl.pointer_type(tl.int32)) + n64 * sentence_rows
 
     wait_for_inputs(EARLY)
+    step = tl.load(count_ptr + STEP)
     k = tl.arange(0, SELECTED_BLOCK)
     sentence = tl.load(selected_ptr + k, mask=k < most_selected, other=-1)
     wanted = sentence >= 0

@@ -24,6 +24,7 @@ _FEW = 64
 interval is halved, and they are compared with its middle so many at a time:"""
 _LISTED = 512
 _MOST_WARPS = 16
+"""Of the program that cuts the ranking."""
 _STORED = 64
 """Selected sentences that are stored at a time."""
 _BINS = 2048
@@ -211,15 +212,17 @@ def _cut_of_few(
     key_ptr,
     sentence_ptr,
     place_ptr,
+    low,
     room_tokens,
     max_selected,
     SOME: tl.constexpr,
     FEW: tl.constexpr,
 ):
-    """The lowest place from which on all fit, of at most FEW that are listed.
+    """The lowest place from which on all fit, of at most FEW that are listed, all above `low`.
 
     Each is compared with each: one step, where halving takes one after another.
     """
+    tl.static_assert(FEW < 256)  # their number takes eight bits, their tokens the other 23
     i = tl.arange(0, FEW)
     there = i < number
     place, length = _load_listed(listed_ptr, i, number, key_ptr, sentence_ptr, place_ptr, SOME)
@@ -227,7 +230,7 @@ def _cut_of_few(
     is_before = place[None, :] >= place[:, None]
     up_to = tl.sum(tl.where(is_before, ((length << 8) | there.to(tl.int32))[None, :], 0), axis=1)
     fits = there & ((up_to >> 8) <= room_tokens) & ((up_to & 255) <= max_selected)
-    highest_out = tl.max(tl.where(there & (fits == 0), place, -0x8000000000000000), axis=0)
+    highest_out = tl.max(tl.where(there & (fits == 0), place, low), axis=0)
     return highest_out + 1
 
 
@@ -387,7 +390,7 @@ def _select_sentences_kernel(
     cut = tl.full((), -0x7FFFFFFF, tl.int64) << 32
     if last < BINS:
         # Keys from `low` up to `high` lie in that bin.
-        edge = last.to(tl.float32) / -BINS_PER_NAT
+        edge = last.to(tl.float32) * (-1.0 / BINS_PER_NAT)
         high = tl.where(last == 0, 0x7FFFFFFF, _ordered(edge) + 1)
         low = tl.full((), -0x7FFFFFFF, tl.int32)
         if last < BINS - 1:
@@ -414,11 +417,21 @@ def _select_sentences_kernel(
                 FEW,
             )
         tl.debug_barrier()
+        lowest = low.to(tl.int64) << 32
         room_left = room_tokens - (above >> 32).to(tl.int32)
         selected_left = max_selected - (above & 0xFFFFFFFF).to(tl.int32)
         if num_listed <= FEW:
             cut = _cut_of_few(
-                listed_ptr, num_listed, key_ptr, sentence_ptr, place_ptr, room_left, selected_left, SOME, FEW
+                listed_ptr,
+                num_listed,
+                key_ptr,
+                sentence_ptr,
+                place_ptr,
+                lowest,
+                room_left,
+                selected_left,
+                SOME,
+                FEW,
             )
         else:
             cut = _cut_of_many(
@@ -427,7 +440,7 @@ def _select_sentences_kernel(
                 key_ptr,
                 sentence_ptr,
                 place_ptr,
-                low.to(tl.int64) << 32,
+                lowest,
                 high.to(tl.int64) << 32,
                 room_left,
                 selected_left,
@@ -467,6 +480,7 @@ def select_sentences_triton(
     """Ids of the chosen sentences, by two kernels: one ranks them, in many programs, one cuts the ranking."""
     logit_BNGS, extent_BNGX2, sentence_BNS = scores
     batch, num_kv_heads, num_groups, capacity = logit_BNGS.shape
+    assert room_tokens >= 0
     assert logit_BNGS.is_contiguous()
     assert extent_BNGX2.is_contiguous()
     device = logit_BNGS.device

@@ -373,6 +373,7 @@ def sparse_decode_triton(
         else (resolved.slot_BNK, resolved.length_BNK, resolved.miss_BNK, resolved.count_BN)
     )
     assert not fetch or lanes.kv_format is None, "host memory holds codes: gather_kv unpacks them"
+    assert not fetch or 2 * head_dim * dtype.itemsize % 16 == 0, "rows of host memory are read 16 bytes at a time"
     output = torch.empty((batch, num_heads, head_dim), dtype=dtype, device=device)
     partial = torch.empty((batch * num_heads * splits * head_dim,), dtype=torch.float32, device=device)
     extent = torch.empty((batch * num_heads * splits * 2,), dtype=torch.float32, device=device)
