@@ -176,6 +176,8 @@ def text_of(result: dict[str, Any]) -> str:
     lines.append(
         "Weights and KV are random; selections are scheduled to the hit rate named, but where it is `natural`."
     )
+    if result["kv_dtype"] != "auto":
+        lines.append(f"KV in host memory is in {result['kv_dtype']}.")
     if any(row["batch"] > 1 for row in result["rows"]):
         lines.append(
             "Sequences of a batch share one document's KV in host memory; each reads another part of it, and has "
@@ -225,6 +227,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=1, help="Timed tokens per variant.")] = 48,
     warmup_tokens: Annotated[int, typer.Option(min=2, help="Tokens before timing starts.")] = 8,
     eager_tokens: Annotated[int, typer.Option(min=1, help="Timed tokens of what takes long.")] = 5,
+    kv_dtype: Annotated[str, typer.Option(help="Precision of host memory: auto, fp8, int8 or int4.")] = "auto",
     baselines: Annotated[bool, typer.Option(help="transformers, everything on the GPU, flashinfer.")] = True,
     offloaded_up_to: Annotated[int, typer.Option(help="Longest context of transformers' offloaded cache.")] = 131072,
     before_after: Annotated[int, typer.Option(help="Context at which eager and unfused steps are timed.")] = 131072,
@@ -258,6 +261,7 @@ def main(
         new_tokens=new_tokens,
         warmup_tokens=warmup_tokens,
         eager_tokens=eager_tokens,
+        kv_dtype=kv_dtype,
         baselines=baselines,
         offloaded_up_to=offloaded_up_to,
         before_after=before_after,
@@ -266,7 +270,7 @@ def main(
     )
     for budget in settings.budgets:
         try:
-            Config(budget_tokens=budget)
+            config_of(policy_list[0], budget, kv_dtype)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
     where = torch.device(device)
@@ -317,6 +321,7 @@ def main(
         "new_tokens": new_tokens,
         "warmup_tokens": warmup_tokens,
         "dtype": dtype,
+        "kv_dtype": kv_dtype,
         "seed": seed,
         "commit": source_commit or report.commit(),
         "hardware": report.hardware(where),

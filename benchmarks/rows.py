@@ -29,6 +29,7 @@ from sentencekv.fused import FusedLayers
 from sentencekv.graph import Stepper
 from sentencekv.memory import HostMemory, available_host_bytes
 from sentencekv.session import Session
+from sentencekv.store import Layout
 
 HitRate = float | None
 """None: what random queries give."""
@@ -53,6 +54,8 @@ class Settings:
     warmup_tokens: int
     eager_tokens: int
     """Timed tokens of variants that take long."""
+    kv_dtype: str
+    """Of host memory."""
     baselines: bool
     offloaded_up_to: int
     """Longest context of transformers' offloaded cache."""
@@ -181,7 +184,7 @@ class Rows:
     def _selecting(self, profile: bool) -> None:
         """All policies, over one filling of host memory."""
         settings, context = self._settings, self.context
-        first = config_of(settings.policies[0], settings.budgets[0])
+        first = config_of(settings.policies[0], settings.budgets[0], settings.kv_dtype)
         # Codes and their boxes are 12% of the KV; half as much again while a layer is summarised.
         device_bytes = int(0.125 * len(settings.policies) * context.kv_bytes) + self._chunk_bytes()
         device_bytes += 2 * context.kv_bytes // context.num_layers
@@ -266,9 +269,11 @@ class Rows:
 
                 def put_holdings(row: dict = row, running: list = running) -> None:
                     row |= holdings(running)
-                    row["fetched_bytes_per_token"] = (
-                        row.pop("tokens_fetched") * self.context.row_bytes / row["timed_steps"] / batch
+                    layout = Layout(
+                        self.context.num_kv_heads, self.context.head_dim, model.dtype, running[0].config.kv_format
                     )
+                    fetched_bytes = row.pop("tokens_fetched") * layout.row_bytes
+                    row["fetched_bytes_per_token"] = fetched_bytes / row["timed_steps"] / batch
                     row["read_bytes"] = row["summary_bytes"] + batch * budget * self.context.token_bytes
 
                 self._measure(

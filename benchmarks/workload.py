@@ -230,10 +230,10 @@ class Context:
         return cache
 
 
-def config_of(policy: str, budget_tokens: int) -> Config:
+def config_of(policy: str, budget_tokens: int, kv_dtype: str = "auto") -> Config:
     """The configuration of a policy written as `name` or `name:option=number:option=number`.
 
-    Raises ValueError, with what is known, on an unknown policy or option, or a budget that is too small.
+    Raises ValueError, with what is known, on an unknown policy, option or `kv_dtype`, or a budget that is too small.
     """
     name, *options = policy.split(":")
     pairs = [option.partition("=") for option in options]
@@ -241,7 +241,10 @@ def config_of(policy: str, budget_tokens: int) -> Config:
     if bad:
         raise ValueError(f"options of a policy are written option=number, got {bad[0]!r} in {policy!r}")
     return Config(
-        policy=name, policy_options={key: int(number) for key, _, number in pairs}, budget_tokens=budget_tokens
+        policy=name,
+        policy_options={key: int(number) for key, _, number in pairs},
+        budget_tokens=budget_tokens,
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
     )
 
 

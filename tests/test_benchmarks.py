@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
     "new_tokens": 2,
     "warmup_tokens": 2,
     "eager_tokens": 1,
+    "kv_dtype": "auto",
     "baselines": True,
     "offloaded_up_to": 131072,
     "before_after": 0,
@@ -105,6 +106,21 @@ def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[s
     assert len({len(line) for line in table[: 2 + len(found)]}) == 1, "the table is not aligned"
     assert json.loads((tmp_path / "made" / "all.json").read_text()) == result
     assert (tmp_path / "made" / "all.md").read_text().splitlines() == lines[:-1]
+
+
+def test_fewer_bits_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """A quarter of the bytes of float32 and a scale move; what is computed stays near, and so is checked alike."""
+    found = {}
+    for kv_dtype in ("auto", "int8"):
+        decode.main(**{**SMALL, "kv_dtype": kv_dtype, "hit_rates": "0", "baselines": False})
+        lines = capsys.readouterr().out.splitlines()
+        (row,) = json.loads(lines[-1])["rows"]
+        assert row["status"] == "ok"
+        assert ("KV in host memory is in int8." in lines) == (kv_dtype == "int8")
+        found[kv_dtype] = row
+    moved = found["int8"]["fetched_bytes_per_token"] / found["auto"]["fetched_bytes_per_token"]
+    assert moved == pytest.approx((16 + 2) / 64)
+    assert found["int8"]["kv_host_bytes"] < 0.4 * found["auto"]["kv_host_bytes"]
 
 
 def test_decode_refuses_to_time_what_fails_its_check(
