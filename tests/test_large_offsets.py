@@ -1,5 +1,7 @@
 """Tables of more than 2**31 numbers: addresses must not be computed in 32 bits. Needs about 14 GB on a GPU."""
 
+import fcntl
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -24,11 +26,16 @@ HALF = torch.float16
 
 
 @pytest.fixture
-def gpu() -> Iterator[torch.device]:
-    if torch.cuda.mem_get_info()[0] < NEEDED_BYTES:
-        pytest.skip(f"less than {NEEDED_BYTES >> 30} GiB of GPU memory is free")
-    yield torch.device("cuda")
-    torch.cuda.empty_cache()
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch.device]:
+    """One test at a time, whatever the number of workers: several would take the memory that all others need."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "large-offsets").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if torch.cuda.mem_get_info()[0] < NEEDED_BYTES:
+            pytest.skip(f"less than {NEEDED_BYTES >> 30} GiB of GPU memory is free")
+        yield torch.device("cuda")
+        torch.cuda.empty_cache()
 
 
 def reseat(lanes: Lanes) -> None:
