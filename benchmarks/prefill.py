@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import report
-from benchmarks.decode import TOLERANCE, tolerance_of
+from benchmarks.decode import TOLERANCE, numbers, tolerance_of
 from benchmarks.workload import SHAPES, Context, config_of, make_model
 from sentencekv.config import Config
 from sentencekv.memory import HostMemory
@@ -254,14 +254,13 @@ def main(
     precision = getattr(torch, dtype, None)
     if precision not in TOLERANCE:
         raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    lengths = [int(length) for length in contexts.split(",")]
-    base = config_of(policy, Config().budget_tokens)
-    config = Config(
-        policy=base.policy,
-        policy_options=base.policy_options,
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
-        prefill_chunk_tokens=chunk,
-    )
+    lengths = numbers(contexts, "contexts", 256)
+    try:
+        config = config_of(policy, Config().budget_tokens, kv_dtype)
+        config = dataclasses.replace(config, prefill_chunk_tokens=chunk)
+        load(config.policy, config.policy_options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     report.say(f"making {shape} with random weights")
     model = make_model(shape, where, precision, max(*lengths, CHECK_TOKENS), seed)
     memory = HostMemory(None, pinned=where.type == "cuda")

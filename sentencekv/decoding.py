@@ -107,9 +107,11 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
     """
     logits_BV = first_logits_BV
     active = list(range(len(decodings)))
+    on_host: _HostCopy | None = None
     while active:
         drawn_B3 = torch.stack([decodings[i].draw(logits_BV[row]) for row, i in enumerate(active)])
-        arriving = _Arriving(drawn_B3)
+        on_host = on_host or _HostCopy(drawn_B3)
+        on_host.start(drawn_B3)
         ahead: list[int] = []
         if stepper.runs_ahead:
             rows = [row for row, i in enumerate(active) if not decodings[i].ends_by_length]
@@ -120,7 +122,7 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
                 logits_BV = stepper.launch([decodings[i].session for i in ahead], tokens_B)
         open_passes = set(ahead)
         try:
-            for i, drawn in zip(active, arriving.wait(), strict=True):
+            for i, drawn in zip(active, on_host.wait(), strict=True):
                 piece = decodings[i].take(drawn)
                 if piece:
                     yield i, piece
@@ -142,18 +144,22 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
             logits_BV = stepper.step(sessions, [decodings[i].token_ids[-1] for i in active])
 
 
-class _Arriving:
-    """A small tensor on its way to the host."""
+class _HostCopy:
+    """Brings a small tensor to the host while the device goes on; one at a time, in memory that is kept."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._on_host, self._arrived = tensor, None
-        if tensor.is_cuda:
-            self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._on_host.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+    def __init__(self, like: Tensor) -> None:
+        self._on_host = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        self._copied = torch.cuda.Event() if like.is_cuda else None
+        self._rows = 0
+
+    def start(self, tensor: Tensor) -> None:
+        """At most as many rows as the first one had."""
+        self._rows = tensor.shape[0]
+        self._on_host[: self._rows].copy_(tensor, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
     def wait(self) -> list[list[float]]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return cast(list[list[float]], self._on_host.tolist())
+        if self._copied is not None:
+            self._copied.synchronize()
+        return cast(list[list[float]], self._on_host[: self._rows].tolist())

@@ -376,6 +376,21 @@ def test_operations_are_those_of_the_products() -> None:
     assert prefill.operations(model, 64) == counter.get_total_flops() - attention + 2 * 64 * 65 * 4 * 16 * 2
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"contexts": "abc"}, "whole numbers"),
+        ({"contexts": "0"}, "at least 256"),
+        ({"kv_dtype": "int5"}, "kv_dtype must be"),
+        ({"policy": "nope"}, "available"),
+        ({"chunk": 0}, "prefill_chunk_tokens"),
+    ],
+)
+def test_prefill_refuses_what_it_cannot_read(bad: dict, message: str) -> None:
+    with pytest.raises(typer.BadParameter, match=message):
+        prefill.main(**{**SMALL_PREFILL, **bad})
+
+
 def test_reading_that_is_wrong_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
