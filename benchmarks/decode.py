@@ -186,7 +186,7 @@ def text_of(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         if "profile" in row:
             lines += ["", f"One step of {label(row)} at {row['context_tokens']:,} tokens, batch {row['batch']}:"]
-            lines.append(profiling.table(row["profile"]))
+            lines.append(profiling.text_of_step(row["profile"]))
     return "\n".join(lines)
 
 

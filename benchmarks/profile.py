@@ -1,9 +1,9 @@
-"""Where the time of one step goes: kernels by name, and whether the host waits for the device on the way."""
+"""Where time goes on the device: kernels by name, and whether host and device wait for each other on the way."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,15 +45,50 @@ def profile_step(step: Callable[[], object], device: torch.device, num_layers: i
         if event.name in _WAITS:
             at = event.time_range.start
             waits["before" if at < launched_at else "while" if at < ended_at else "after"] += 1
-    grouped: dict[str, list[float]] = {}
-    for event in kernels:
-        grouped.setdefault(_short(event.name), []).append(event.time_range.elapsed_us())
-    total_us = sum(map(sum, grouped.values()))
     first_at = min((e.time_range.start for e in kernels), default=0.0)
     return {
         "host_waits": waits,
         "graph_launches": sum(e.name == "cudaGraphLaunch" for e in calls),
         "device_span_us": ended_at - first_at if kernels else None,
+        **_by_name([(e.name, e.time_range.elapsed_us()) for e in kernels], num_layers),
+    }
+
+
+def profile_reading(read: Callable[[], object], device: torch.device, num_layers: int) -> dict[str, Any]:
+    """Kernels of a reading, grouped by name, and the share of the time between its first and its last kernel in which
+    none runs. Copies are no kernels: while only they run, the device is idle."""
+    report.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        read()
+        report.synchronize(device)
+    events = [e for e in recorded.events() or [] if e.device_type == DeviceType.CUDA]
+    kernels = [e for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+    spans = [(e.time_range.start, e.time_range.end) for e in kernels]
+    start, end = min(first for first, _ in spans), max(last for _, last in spans)
+    return {
+        "device_span_us": end - start,
+        "idle_share": 1 - covered(spans) / (end - start),
+        "copying_us": covered([(e.time_range.start, e.time_range.end) for e in events if e.name.startswith("Memcpy")]),
+        **_by_name([(e.name, e.time_range.elapsed_us()) for e in kernels], num_layers),
+    }
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of spans `(start, end)`."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def _by_name(kernels: Sequence[tuple[str, float]], num_layers: int) -> dict[str, Any]:
+    """`kernels`: names and microseconds."""
+    grouped: dict[str, list[float]] = {}
+    for name, us in kernels:
+        grouped.setdefault(_short(name), []).append(us)
+    total_us = sum(map(sum, grouped.values()))
+    return {
         "device_sum_us": total_us,
         "kernels": [
             {
@@ -74,7 +109,7 @@ def _short(name: str) -> str:
     return re.split(r"[<(]", name, maxsplit=1)[0][:60] or name[:60]
 
 
-def table(profiled: dict[str, Any]) -> str:
+def kernel_table(profiled: dict[str, Any]) -> str:
     """The kernels for people."""
     cells = [
         [
@@ -86,12 +121,20 @@ def table(profiled: dict[str, Any]) -> str:
         ]
         for kernel in profiled["kernels"]
     ]
+    return report.markdown_table(["kernel", "count", "per layer", "us each", "share"], cells)
+
+
+def text_of_step(profiled: dict[str, Any]) -> str:
+    """What `profile_step` found, for people."""
     waits = ", ".join(f"{count} {when}" for when, count in profiled["host_waits"].items())
-    span = profiled["device_span_us"]
-    return "\n".join(
-        [
-            f"host synchronisations around the replay: {waits}; kernels span {report.number_text(span, 0)} us",
-            "",
-            report.markdown_table(["kernel", "count", "per layer", "us each", "share"], cells),
-        ]
+    span = report.number_text(profiled["device_span_us"], 0)
+    return f"host synchronisations around the replay: {waits}; kernels span {span} us\n\n{kernel_table(profiled)}"
+
+
+def text_of_reading(profiled: dict[str, Any]) -> str:
+    """What `profile_reading` found, for people."""
+    span, copying = (profiled[key] / 1e6 for key in ("device_span_us", "copying_us"))
+    return (
+        f"no kernel runs in {report.share_text(profiled['idle_share'])} of {span:.2f} s; copies take {copying:.2f} s "
+        f"beside them\n\n{kernel_table(profiled)}"
     )

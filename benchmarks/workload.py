@@ -109,17 +109,22 @@ class Shape:
     dtype: torch.dtype
 
 
-def make_config(shape: str, max_tokens: int) -> PretrainedConfig:
-    """The configuration of a model of that shape."""
+def make_config(shape: str, max_tokens: int, num_layers: int | None = None) -> PretrainedConfig:
+    """The configuration of a model of that shape, or of its first layers alone."""
     settings = dict(SHAPES[shape])
+    if num_layers is not None:
+        settings["num_hidden_layers"] = min(num_layers, settings["num_hidden_layers"])
     return AutoConfig.for_model(
         settings.pop("model_type"), **settings, max_position_embeddings=max_tokens, bos_token_id=None, eos_token_id=None
     )
 
 
-def make_model(shape: str, device: torch.device, dtype: torch.dtype, max_tokens: int, seed: int) -> PreTrainedModel:
-    """A model of that shape with random weights, made where it will run, with SDPA as its own attention."""
-    config = make_config(shape, max_tokens)
+def make_model(
+    shape: str, device: torch.device, dtype: torch.dtype, max_tokens: int, seed: int, num_layers: int | None = None
+) -> PreTrainedModel:
+    """A model of that shape, or of its first layers alone, with random weights, made where it will run, with SDPA as
+    its own attention."""
+    config = make_config(shape, max_tokens, num_layers)
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

@@ -144,6 +144,7 @@ class Session:
             if end > self._closed_end:
                 self._ends.append(int(end))
 
+    @torch.inference_mode()
     def begin(self, num_new: int, *, exact: bool, expected_tokens: int = 0) -> None:
         """Start a pass of `num_new` tokens. `exact`: they attend to everything; else one token, sentences selected.
 
@@ -175,6 +176,7 @@ class Session:
         recent_tokens = max(self.num_tokens - self._closed_end, 0)
         return closing, self._own.place(self._closed_end, closing, expected_tokens + recent_tokens)
 
+    @torch.inference_mode()
     def end(self) -> None:
         """Finish the pass: its tokens are part of the context, its closed sentences can be selected."""
         assert self._pass is not None

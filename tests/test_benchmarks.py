@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import decode, ops, plot, prefill, retrieval_ops, rows, workload
 from benchmarks.forced import Forced, Schedule, force_ref, force_triton
+from benchmarks.profile import covered
 from sentencekv.attention import forward
 from sentencekv.batch import LaneBatch
 from sentencekv.config import Config
@@ -331,6 +332,7 @@ SMALL_PREFILL = {
     "chunk": 200,
     "repeats": 1,
     "dense_up_to": 500,
+    "profile": False,
     "device": "cpu",
     "dtype": "float32",
     "seed": 0,
@@ -362,7 +364,7 @@ def test_prefill_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[
             assert row["kv_host_bytes"] > (row["context_tokens"] - 200) * 2 * 2 * 2 * 16 * 4
     check = result["check"]
     assert check["relative_error"] < 1e-5 < 2 * check["tolerance"] < check["control_relative_error"]
-    assert lines[0].startswith("check at 2048 tokens: ")
+    assert lines[0].startswith("check at 2048 tokens, 2 layers: ")
     assert lines[2].startswith("| read by")
 
 
@@ -384,6 +386,7 @@ def test_operations_are_those_of_the_products() -> None:
         ({"kv_dtype": "int5"}, "kv_dtype must be"),
         ({"policy": "nope"}, "available"),
         ({"chunk": 0}, "prefill_chunk_tokens"),
+        ({"profile": True}, "needs --device cuda"),
     ],
 )
 def test_prefill_refuses_what_it_cannot_read(bad: dict, message: str) -> None:
@@ -445,6 +448,11 @@ def test_plot_draws_what_was_timed(tmp_path: Path) -> None:
     assert "sentencekv, moments" in (tmp_path / "tpot.svg").read_text()
     with pytest.raises(typer.BadParameter, match="over contexts"):
         plot.main([tmp_path / "old.json"], None)
+
+
+def test_time_in_which_something_runs_is_counted_once() -> None:
+    assert covered([]) == 0
+    assert covered([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 6
 
 
 def test_labels_are_spread() -> None:

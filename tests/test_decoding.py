@@ -43,22 +43,22 @@ def generate(
 
     `pieces`: after so many, nobody asks for more.
     """
-    with torch.inference_mode():
-        sessions = [reading_session(model, n, policy=policy, seed=n) for n in LENGTHS]
-        logits = torch.cat([forward(model, [[5]], [session], exact=True) for session in sessions])
-        stepper = CountingStepper(model, policies.load(policy), run_ahead=run_ahead)
-        assert stepper.runs_ahead == run_ahead
-        decodings = [
-            Decoding(session, token_ids(n + 1, n), tokenizer, SamplingOptions(**given), stop_ids)
-            for session, n, given in zip(sessions, LENGTHS, options, strict=True)
-        ]
-        texts: list[list[str]] = [[] for _ in sessions]
-        stream = decode(stepper, decodings, logits)
-        for count, (i, piece) in enumerate(stream):
-            texts[i].append(piece)
-            if pieces is not None and count + 1 == pieces:
-                stream.close()  # type: ignore[attr-defined]
-                break
+    # Not in inference mode: neither are those who call the library.
+    sessions = [reading_session(model, n, policy=policy, seed=n) for n in LENGTHS]
+    logits = torch.cat([forward(model, [[5]], [session], exact=True) for session in sessions])
+    stepper = CountingStepper(model, policies.load(policy), run_ahead=run_ahead)
+    assert stepper.runs_ahead == run_ahead
+    decodings = [
+        Decoding(session, token_ids(n + 1, n), tokenizer, SamplingOptions(**given), stop_ids)
+        for session, n, given in zip(sessions, LENGTHS, options, strict=True)
+    ]
+    texts: list[list[str]] = [[] for _ in sessions]
+    stream = decode(stepper, decodings, logits)
+    for count, (i, piece) in enumerate(stream):
+        texts[i].append(piece)
+        if pieces is not None and count + 1 == pieces:
+            stream.close()  # type: ignore[attr-defined]
+            break
     return decodings, texts, stepper.num_launched
 
 
