@@ -15,6 +15,8 @@ from benchmarks import report
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 """Runtime calls in which the host waits, by their whole names: `cudaMemcpyAsync` is none."""
 
+_GAPS_SHOWN = 8
+
 
 def profile_step(step: Callable[[], object], device: torch.device, num_layers: int) -> dict[str, Any]:
     """Kernels of one replayed graph, grouped by name, and host synchronisations before, while and after it runs.
@@ -68,9 +70,29 @@ def profile_reading(read: Callable[[], object], device: torch.device, num_layers
     return {
         "device_span_us": end - start,
         "idle_share": 1 - covered(spans) / (end - start),
+        "gaps": gaps([(e.name, *span) for e, span in zip(kernels, spans, strict=True)]),
         "copying_us": covered([(e.time_range.start, e.time_range.end) for e in events if e.name.startswith("Memcpy")]),
         **_by_name([(e.name, e.time_range.elapsed_us()) for e in kernels], num_layers),
     }
+
+
+def gaps(kernels: Sequence[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    """Times in which no kernel runs, by the kernels before and after, longest in sum first.
+
+    `kernels`: name, start and end in microseconds.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    last, reached = "", float("inf")
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        if start > reached:
+            found.setdefault((_short(last), _short(name)), []).append(start - reached)
+        if last == "" or end > reached:
+            last, reached = name, end
+    ordered = sorted(found.items(), key=lambda item: -sum(item[1]))
+    return [
+        {"after": after, "before": before, "count": len(us), "us_each": sum(us) / len(us), "us_longest": max(us)}
+        for (after, before), us in ordered
+    ]
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
@@ -136,5 +158,21 @@ def text_of_reading(profiled: dict[str, Any]) -> str:
     span, copying = (profiled[key] / 1e6 for key in ("device_span_us", "copying_us"))
     return (
         f"no kernel runs in {report.share_text(profiled['idle_share'])} of {span:.2f} s; copies take {copying:.2f} s "
-        f"beside them\n\n{kernel_table(profiled)}"
+        f"beside them\n\n{kernel_table(profiled)}\n\n{gap_table(profiled)}"
     )
+
+
+def gap_table(profiled: dict[str, Any]) -> str:
+    """The largest times in which no kernel runs, for people."""
+    cells = [
+        [
+            gap["after"],
+            gap["before"],
+            str(gap["count"]),
+            f"{gap['us_each']:.1f}",
+            f"{gap['us_longest']:.1f}",
+            report.share_text(gap["count"] * gap["us_each"] / profiled["device_span_us"]),
+        ]
+        for gap in profiled["gaps"][:_GAPS_SHOWN]
+    ]
+    return report.markdown_table(["none runs after", "and before", "count", "us each", "us longest", "share"], cells)

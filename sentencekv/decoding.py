@@ -97,6 +97,7 @@ class Decoding:
         return [start + end for end in tail_ends(self._tokenizer, tail, session.config)]
 
 
+@torch.inference_mode()
 def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Tensor) -> Iterator[tuple[int, str]]:
     """Generate until every sequence has ended; yields `(index, text)` whenever text becomes certain.
 

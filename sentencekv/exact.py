@@ -17,6 +17,9 @@ from triton_ops import merge_attention
 
 _QUERY_BLOCK = 1024
 """Rows of an explicit mask or logit block: bounds the temporary memory, and skips the keys that no row may see."""
+GRAIN_TOKENS = 2048
+"""cuDNN attends twice as fast on Hopper as FlashAttention 2 (675 against 337 TFLOP/s; benchmarks/results/README.md),
+but spends 45 ms on planning each new shape. So it gets numbers of tokens that are multiples of this."""
 _LOGITS_AT_ONCE = 1 << 26
 """Numbers of an explicit logit block of `partial_attention_ref`."""
 
@@ -36,6 +39,21 @@ def _has_fused_kernel(q_ALH: Tensor, num_keys: int) -> bool:
     if q_ALH.is_cuda:
         return q_ALH.dtype != torch.float32 and q_ALH.shape[2] <= 256
     return q_ALH.shape[1] in (1, num_keys)
+
+
+def _suits_cudnn(q_ALH: Tensor, kv_NTH: Tensor) -> bool:
+    """Whether cuDNN takes it, is faster, and will see more of that shape."""
+    return (
+        q_ALH.is_cuda
+        and q_ALH.shape[1] % GRAIN_TOKENS == 0
+        and kv_NTH.shape[1] % GRAIN_TOKENS == 0
+        and q_ALH.dtype != torch.float32
+        and q_ALH.shape[2] <= 128
+        and q_ALH.shape[2] % 8 == 0
+        and torch.cuda.get_device_capability(q_ALH.device) >= (9, 0)
+        and torch.backends.cudnn.is_available()
+        and torch.backends.cuda.cudnn_sdp_enabled()
+    )
 
 
 def exact_attention_ref(
@@ -77,6 +95,8 @@ def exact_attention(
     if sliding_window is not None and sliding_window >= num_keys:
         sliding_window = None
     if softcap is None and sliding_window is None and _has_fused_kernel(q_ALH, num_keys):
+        if num_new == num_keys and _suits_cudnn(q_ALH, kv_NTH):
+            return partial_attention(q_ALH, kv_NTH, scale=scale, softcap=None, causal=True)[0]
         key, value = kv_NTH[:, :, 0][None], kv_NTH[:, :, 1][None]
         if num_new == 1:
             output = F.scaled_dot_product_attention(q_ALH[None], key, value, scale=scale, enable_gqa=True)
@@ -119,8 +139,19 @@ def attention_in_parts(
     """
     output, log = partial_attention(q_ALH, new_NLH, scale=scale, softcap=softcap, causal=True)
     total, log_AL = output.float().contiguous(), log.contiguous()
-    for kv_NTH in earlier:
+
+    def add(kv_NTH: Tensor) -> None:
         merge_attention(total, log_AL, *partial_attention(q_ALH, kv_NTH, scale=scale, softcap=softcap, causal=False))
+
+    odd: list[Tensor] = []
+    for kv_NTH in earlier:
+        num_even = kv_NTH.shape[1] // GRAIN_TOKENS * GRAIN_TOKENS
+        if num_even:
+            add(kv_NTH[:, :num_even])
+        if num_even < kv_NTH.shape[1]:
+            odd.append(kv_NTH[:, num_even:].clone())
+    if odd:
+        add(torch.cat(odd, dim=1))
     return total.to(q_ALH.dtype)
 
 
@@ -159,7 +190,12 @@ def partial_attention(
         return partial_attention_ref(q_ALH, kv_NTH, scale=scale, softcap=softcap, causal=causal)
     q, key, value = q_ALH[None], kv_NTH[None, :, :, 0], kv_NTH[None, :, :, 1]
     # What scaled_dot_product_attention takes as well; called by name, since it keeps the sums to itself.
-    if q.is_cuda:
+    if _suits_cudnn(q_ALH, kv_NTH):
+        output, log = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, key, value, None, True, 0.0, causal, scale=scale
+        )[:2]
+        log = log.reshape(1, *q_ALH.shape[:2])  # with or without a last dimension of 1, by version
+    elif q.is_cuda:
         output, log = torch.ops.aten._scaled_dot_product_flash_attention(q, key, value, 0.0, causal, scale=scale)[:2]
     else:
         output, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

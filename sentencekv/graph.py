@@ -56,14 +56,14 @@ class Stepper:
         graph: bool = True,
         fuse: bool = True,
         layers: FusedLayers | None = None,
-        run_ahead: bool = False,
+        run_ahead: bool | None = None,
     ) -> None:
         """
         Args:
             graph: False runs every step eagerly, as where there is no GPU.
             fuse: False leaves the model's own layers as they are.
             layers: those of the model, if they were looked at already.
-            run_ahead: see `runs_ahead`; not where everything is read.
+            run_ahead: see `runs_ahead`; None: where steps are replayed graphs. Not where everything is read.
         """
         self._model = model
         self._policy = policy
@@ -75,7 +75,7 @@ class Stepper:
         """Graphs recorded so far, those recorded again included."""
         self.records = graph and model.device.type == "cuda" and policy.reads != "everything"
         """Whether steps are replayed graphs."""
-        self.runs_ahead = run_ahead and policy.reads != "everything"
+        self.runs_ahead = (self.records if run_ahead is None else run_ahead) and policy.reads != "everything"
         """Whether generation may launch a step before the host has seen the token that it starts from."""
 
     @property
@@ -83,6 +83,7 @@ class Stepper:
         """Layers that run as fused kernels in recorded steps."""
         return 0 if self._fused is None else self._fused.num_fused
 
+    @torch.inference_mode()
     def step(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Tensor:
         """Append one token to each session; returns float32 logits `[B, vocabulary]`, valid until the next step."""
         if not self.records:

@@ -26,7 +26,9 @@ def read(
 ) -> Tensor:
     """Append each prompt to its session, exactly; returns the logits `[B, vocabulary]` of each prompt's last token.
 
-    The tokens of several prompts share a forward pass of at most `chunk_tokens`. Prompts must not be empty.
+    A prompt comes in chunks of `chunk_tokens`, the first of which is shorter if they do not divide it: there is little
+    to attend to yet, and what comes later then has the one shape that attention is fastest for. First chunks of several
+    prompts share a forward pass of at most `chunk_tokens`. Prompts must not be empty.
     """
     total = sum(len(prompt.token_ids) for prompt in prompts)
     for session, prompt in zip(sessions, prompts, strict=True):
@@ -38,9 +40,11 @@ def read(
         members: list[int] = []
         chunks: list[list[int]] = []
         for i, prompt in enumerate(prompts):
-            if room and done[i] < len(prompt.token_ids):
-                chunk = prompt.token_ids[done[i] : done[i] + room]
-                room -= len(chunk)
+            left = len(prompt.token_ids) - done[i]
+            wanted = left % chunk_tokens or chunk_tokens
+            if left and wanted <= room:
+                chunk = prompt.token_ids[done[i] : done[i] + wanted]
+                room -= wanted
                 members.append(i)
                 chunks.append(chunk)
         logits = forward(

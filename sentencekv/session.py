@@ -30,7 +30,7 @@ from sentencekv.policies import Policy
 from sentencekv.store import Extent, Places, Run
 from sentencekv.streaming import Stream
 
-ASSEMBLED_TOKENS = {"cuda": 8192, "cpu": 0}
+ASSEMBLED_TOKENS = {"cuda": 2048, "cpu": 0}
 """Closed tokens up to which an exact pass brings a layer's KV together; more come in blocks (`streaming.py`)."""
 
 
@@ -144,7 +144,6 @@ class Session:
             if end > self._closed_end:
                 self._ends.append(int(end))
 
-    @torch.inference_mode()
     def begin(self, num_new: int, *, exact: bool, expected_tokens: int = 0) -> None:
         """Start a pass of `num_new` tokens. `exact`: they attend to everything; else one token, sentences selected.
 
@@ -176,7 +175,6 @@ class Session:
         recent_tokens = max(self.num_tokens - self._closed_end, 0)
         return closing, self._own.place(self._closed_end, closing, expected_tokens + recent_tokens)
 
-    @torch.inference_mode()
     def end(self) -> None:
         """Finish the pass: its tokens are part of the context, its closed sentences can be selected."""
         assert self._pass is not None

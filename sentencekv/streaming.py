@@ -14,10 +14,11 @@ from torch import Tensor
 from sentencekv.store import Places, Slab
 
 BLOCK_TOKENS = 16384
-"""Tokens of a block on a GPU: enough that attention to it outlasts the copy of the next one and that merging its result
-costs little; two of them take 134 MB with 8 KV heads of 128 dimensions in 16 bits."""
+"""Tokens of a block on a GPU, all but the last one: enough that attention to it outlasts the copy of the next one and
+that merging its result costs little; two of them take 134 MB with 8 KV heads of 128 dimensions in 16 bits."""
 
-Group = list[tuple[Slab, int]]
+Group = list[tuple[Slab, int, int]]
+"""Slabs whose rows follow one another, with the first and one-past-last of those that belong to the group."""
 
 
 class Stream:
@@ -67,7 +68,7 @@ class _Buffers:
         for entry in range(first, first + len(self._groups)):
             self._copy_up_to(entry + 1)
             compute.wait_event(self._filled[entry % 2])
-            num_tokens = sum(used for _, used in self._groups[entry - first])
+            num_tokens = sum(stop - start for _, start, stop in self._groups[entry - first])
             layout = self._groups[entry - first][0][0].layout(layer)
             yield layout.unpacked([part[:, :num_tokens] for part in self._tensors[entry % 2]])
             self._used[entry % 2].record(compute)
@@ -81,18 +82,19 @@ class _Buffers:
                 self._allocate(slabs[0][0].parts(layer))
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(self._used[entry % 2])
-                start = 0
-                for slab, used in slabs:
+                at = 0
+                for slab, start, stop in slabs:
+                    rows = slice(at, at + stop - start)
                     for target, part in zip(self._tensors[entry % 2], slab.parts(layer), strict=True):
                         # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
                         for head in range(part.shape[0]):
-                            target[head, start : start + used].copy_(part[head, :used], non_blocking=True)
-                    start += used
+                            target[head, rows].copy_(part[head, start:stop], non_blocking=True)
+                    at = rows.stop
                 self._filled[entry % 2].record(self._stream)
             self._next_copied += 1
 
     def _allocate(self, like: Sequence[Tensor]) -> None:
-        num_tokens = max(sum(used for _, used in group) for group in self._groups)
+        num_tokens = max(sum(stop - start for _, start, stop in group) for group in self._groups)
         compute = torch.cuda.current_stream(self._device)
         for used in self._used:
             buffer = [
@@ -106,13 +108,17 @@ class _Buffers:
 
 
 def _grouped(filled: Sequence[tuple[Slab, int]], block_tokens: int) -> list[Group]:
-    """Slabs that follow one another, in groups of at most so many tokens; a larger slab is a group of its own."""
+    """Slabs and their filled rows, in order, in groups of so many tokens; the last one may have fewer."""
     groups: list[Group] = []
     room = 0
     for slab, used in filled:
-        if not groups or used > room:
-            groups.append([])
-            room = block_tokens
-        groups[-1].append((slab, used))
-        room -= used
+        start = 0
+        while start < used:
+            if not room:
+                groups.append([])
+                room = block_tokens
+            stop = min(start + room, used)
+            groups[-1].append((slab, start, stop))
+            room -= stop - start
+            start = stop
     return groups

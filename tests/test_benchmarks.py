@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import decode, ops, plot, prefill, retrieval_ops, rows, workload
 from benchmarks.forced import Forced, Schedule, force_ref, force_triton
-from benchmarks.profile import covered
+from benchmarks.profile import covered, gaps
 from sentencekv.attention import forward
 from sentencekv.batch import LaneBatch
 from sentencekv.config import Config
@@ -453,6 +453,13 @@ def test_plot_draws_what_was_timed(tmp_path: Path) -> None:
 def test_time_in_which_something_runs_is_counted_once() -> None:
     assert covered([]) == 0
     assert covered([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 6
+
+
+def test_gaps_between_kernels() -> None:
+    kernels = [("void b<int>(x)", 4.0, 9.0), ("a", 0.0, 1.0), ("c", 5.0, 6.0), ("d", 10.0, 11.0), ("d", 11.0, 12.0)]
+    found = [(gap["after"], gap["before"], gap["count"], gap["us_longest"]) for gap in gaps(kernels)]
+    assert found == [("a", "b", 1, 3.0), ("b", "d", 1, 1.0)]
+    assert gaps([]) == []
 
 
 def test_labels_are_spread() -> None:

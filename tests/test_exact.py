@@ -1,5 +1,7 @@
 """The fast exact attention against its slow twin."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -76,15 +78,26 @@ def test_partial_attention(
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("cuts", [[], [5], [1, 2, 30], [17, 0, 20]])
-def test_parts_equal_the_whole(cuts: list[int], softcap: float | None, device: torch.device) -> None:
-    """Whatever the parts and their order."""
+@pytest.mark.parametrize("cuts", [[], [5], [1, 2, 30], [17, 0, 20], [8, 16, 8]])
+@pytest.mark.parametrize("grain", [1, 8, 2048])
+def test_parts_equal_the_whole(
+    grain: int, cuts: list[int], softcap: float | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the parts, their order, and where they are cut. A part is overwritten when the next is asked for."""
+    monkeypatch.setattr(exact, "GRAIN_TOKENS", grain)
     torch.manual_seed(1)
     num_new = 11
     kv = torch.randn(2, sum(cuts) + num_new, 2, 16, device=device)
     q = torch.randn(6, num_new, 16, device=device)
     earlier = list(kv[:, : sum(cuts)].split([cut for cut in cuts if cut], dim=1)) if cuts else []
-    got = attention_in_parts(q, kv[:, sum(cuts) :], reversed(earlier), scale=0.3, softcap=softcap)
+
+    def parts() -> Iterator[torch.Tensor]:
+        for part in reversed(earlier):
+            lent = part.clone()
+            yield lent
+            lent.fill_(torch.nan)
+
+    got = attention_in_parts(q, kv[:, sum(cuts) :], parts(), scale=0.3, softcap=softcap)
     want = exact_attention_ref(q, kv, scale=0.3, softcap=softcap)
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
 
@@ -103,3 +116,27 @@ def test_parts_in_half_precision_on_a_gpu(dtype: torch.dtype, head_dim: int) -> 
     fast = attention_in_parts(q.to(dtype), kv.to(dtype)[:, 1400:], parts, scale=scale).float()
     slow = exact_attention_ref(q.to(dtype), kv.to(dtype), scale=scale).float()
     assert (fast - truth).norm() <= 2 * (slow - truth).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_cudnn_on_a_gpu(dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regular shapes go to cuDNN where it is faster, and give what FlashAttention gives: outputs and log-sums."""
+    torch.manual_seed(0)
+    q = torch.randn(512, 8, head_dim, device="cuda", dtype=dtype).transpose(0, 1)
+    kv = torch.randn(2, 1800, 2, head_dim, device="cuda", dtype=dtype)
+    for part, causal in ((kv[:, 3:515], True), (kv[:, 5:1541], False)):
+        options = {"scale": head_dim**-0.5, "softcap": None, "causal": causal}
+        assert not exact._suits_cudnn(q, part)
+        flash = partial_attention(q, part, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(exact, "GRAIN_TOKENS", 256)
+            hopper = torch.cuda.get_device_capability() >= (9, 0)
+            assert exact._suits_cudnn(q, part) == (hopper and head_dim <= 128)
+            got = partial_attention(q, part, **options)
+            if causal:
+                assert torch.equal(exact_attention(q, part, scale=head_dim**-0.5), got[0])
+        truth = partial_attention_ref(q.float(), part.float(), **options)
+        assert (got[0] - truth[0]).norm() <= 2 * (flash[0] - truth[0]).norm()
+        torch.testing.assert_close(got[1], truth[1], rtol=1e-4, atol=1e-3)
