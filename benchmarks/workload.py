@@ -290,7 +290,9 @@ def twin(session: Session, policy: Policy | None = None) -> Session:
                 shape = (layout.num_heads, places.num_tokens, 2, layout.head_dim)
                 kv_NTH = torch.empty(shape, dtype=layout.dtype, device=extent.device)
                 places.read(layer, kv_NTH)
-                tables = tuple(made._summarize(kv_NTH[:, :, 0].transpose(0, 1), places.length_of.tolist()))
+                tables = tuple(
+                    made._summarize(kv_NTH[:, :, 0].transpose(0, 1), made._offsets(places.length_of.tolist()))
+                )
             own.add_summaries(layer, tables)
     made._places = Places(made._extents, session.device)
     return made

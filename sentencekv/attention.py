@@ -21,6 +21,7 @@ from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.sampling import refuse_nan
 from sentencekv.session import Session
+from sentencekv.transfer import to_device
 
 NAME = "sentencekv"
 
@@ -148,9 +149,9 @@ def forward(
     else:
         batch = LaneBatch(sessions[0].policy)
         batch.seat(sessions)
-    keep: int | Tensor = 0 if all_logits else torch.tensor(lengths, device=device).cumsum(0) - 1
-    ids = torch.tensor([token for ids in token_ids for token in ids], device=device)
-    logits = run_model(model, ids, torch.cat(positions).to(device), batch, keep)
+    keep: int | Tensor = 0 if all_logits else to_device(lengths, device).cumsum(0) - 1
+    ids = to_device([token for ids in token_ids for token in ids], device)
+    logits = run_model(model, ids, to_device(torch.cat(positions), device), batch, keep)
     for session in sessions:
         session.end()
     return logits

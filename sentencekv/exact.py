@@ -152,7 +152,7 @@ def attention_in_parts(
             odd.append(kv_NTH[:, num_even:].clone())
     if odd:
         add(torch.cat(odd, dim=1))
-    return total.to(q_ALH.dtype)
+    return output.copy_(total)  # in the layout that the kernel chose, which the model's own layout is
 
 
 def partial_attention_ref(

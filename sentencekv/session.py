@@ -29,6 +29,7 @@ from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy
 from sentencekv.store import Extent, Places, Run
 from sentencekv.streaming import Stream
+from sentencekv.transfer import to_device
 
 ASSEMBLED_TOKENS = {"cuda": 2048, "cpu": 0}
 """Closed tokens up to which an exact pass brings a layer's KV together; more come in blocks (`streaming.py`)."""
@@ -98,7 +99,10 @@ class _Pass:
     num_new: int
     exact: bool
     closing: list[int]
+    """Tokens of each sentence that it closes."""
     runs: list[Run]
+    offsets: Tensor | None
+    """Of `closing`, on the device: first token of each sentence, and the total. None if it closes none."""
 
 
 class Session:
@@ -153,13 +157,13 @@ class Session:
         assert exact or num_new == 1, "sparse passes are one token long"
         if not exact and self.policy.reads != "everything":
             self.lane()
-            self._pass = _Pass(num_new, exact, [], [])
+            self._pass = _Pass(num_new, exact, [], [], None)
             return
         self._leave_lane()
         closing, runs = self._close(self.num_tokens + num_new, expected_tokens)
         if not exact and self._own is not None:
             self._own.flush()
-        self._pass = _Pass(num_new, exact, closing, runs)
+        self._pass = _Pass(num_new, exact, closing, runs, self._offsets(closing) if closing else None)
 
     def _close(self, num_tokens: int, expected_tokens: int = 0) -> tuple[list[int], list[Run]]:
         """Give rows to the sentences that close once there are `num_tokens`: their lengths, and the runs of rows."""
@@ -213,7 +217,7 @@ class Session:
                 kv_DNTH = lane.take_out(sum(closing))
                 depth, num_heads, num_tokens, _, head_dim = kv_DNTH.shape
                 key_TNH = kv_DNTH[:, :, :, 0].permute(2, 0, 1, 3).reshape(num_tokens, depth * num_heads, head_dim)
-                stacked = self._summarize(key_TNH, closing)
+                stacked = self._summarize(key_TNH, self._offsets(closing))
                 of_layer = zip(*(table.unflatten(1, (depth, num_heads)).unbind(1) for table in stacked), strict=True)
                 for layer, tables in zip(lane.layers, of_layer, strict=True):
                     own.add_summaries(layer, tables)
@@ -399,13 +403,16 @@ class Session:
             closed = pending[:, :num_closing]
             self._own.write(layer, self._pass.runs, closed, self.config.kv_format)
             if self.policy.reads == "selected":
-                tables = self._summarize(closed[:, :, 0].transpose(0, 1), self._pass.closing)
+                assert self._pass.offsets is not None
+                tables = self._summarize(closed[:, :, 0].transpose(0, 1), self._pass.offsets)
                 self._own.add_summaries(layer, tables)
         # A clone, lest a view of a long chunk keeps all of it alive.
         self._recent[layer] = pending[:, num_closing:].clone() if num_closing or missing > 0 else pending
 
-    def _summarize(self, key_TNH: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        offsets = torch.tensor([0, *lengths], device=self.device).cumsum(0)
+    def _offsets(self, lengths: Sequence[int]) -> Tensor:
+        return to_device([0, *itertools.accumulate(lengths)], self.device)
+
+    def _summarize(self, key_TNH: Tensor, offsets: Tensor) -> list[Tensor]:
         return [_in_dtype(table, key_TNH.dtype) for table in self.policy.summarize(key_TNH, offsets)]
 
     # What it holds and what it read

@@ -7,17 +7,22 @@ with ordinary memory in place of pinned memory.
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sentencekv.memory import HostMemory, power_of_two
+from sentencekv.transfer import to_device
 from triton_ops import Format, Packed, pack_kv, packed_slab, unpack_kv
 from triton_ops.pack_kv import code_width, row_bytes, scale_width
 
 _LARGE_SLAB_TOKENS = 16384
 _SMALL_SLAB_TOKENS = 256
+_WRITES_AHEAD = 4
+"""Layers whose KV may be on its way to host memory at a time. They hold device memory until they are there, so the host
+must not run further ahead of the device; being ahead by one is enough for the device never to wait."""
 _TABLE_ROOM = 64
 """Rows that a growing summary table makes room for at once, or a 64th of it: were it doubled, the first sentence that a
 reply closes would double the summaries of the whole context."""
@@ -210,6 +215,8 @@ class Extent:
         for layer, tables in (tables_of_layer or {}).items():
             self.add_summaries(layer, tables)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._writes: deque[torch.cuda.Event] = deque()
+        """The latest ones, oldest first; on a GPU."""
 
     @classmethod
     def joined(cls, extents: Sequence[Extent]) -> Extent:
@@ -301,7 +308,7 @@ class Extent:
 
     def write(self, layer: int, runs: Sequence[Run], kv_NTH: Tensor, kv_format: Format | None = None) -> None:
         """Copy closed tokens `[N, T, 2, H]` of one layer to host memory, in a format of fewer bits if one is given;
-        asynchronous on a GPU until `flush`."""
+        asynchronous on a GPU until `flush`, except that the host waits for earlier ones where many are under way."""
         layout = Layout(kv_NTH.shape[0], kv_NTH.shape[3], kv_NTH.dtype, kv_format)
         self.allocate(layer, runs, layout)
         sources = layout.packed(kv_NTH)
@@ -321,6 +328,10 @@ class Extent:
                     # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
                     for head in range(source.shape[0]):
                         target[head, rows].copy_(source[head, run.start : run.stop], non_blocking=True)
+            self._writes.append(torch.cuda.Event())
+            self._writes[-1].record()
+        if len(self._writes) > _WRITES_AHEAD:
+            self._writes.popleft().synchronize()
 
     def flush(self) -> None:
         """Wait until all rows written so far are in host memory."""
@@ -393,7 +404,7 @@ class Places:
             first_slab += len(extent.slabs)
         place_of = torch.cat(tables)
         self.start_of, self.length_of = place_of[:, 0], place_of[:, 1]
-        self.place_S4 = place_of[:, 1:].to(torch.int32).to(device)
+        self.place_S4 = to_device(place_of[:, 1:], device, torch.int32)
         """int32 `[S, 4]` on the device: tokens, slab (an index into `slabs`), first row there, first row in the
         extent's tables of tokens."""
         self.num_tokens = int(self.length_of.sum())

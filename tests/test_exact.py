@@ -133,9 +133,10 @@ def test_cudnn_on_a_gpu(dtype: torch.dtype, head_dim: int, monkeypatch: pytest.M
         with monkeypatch.context() as patch:
             patch.setattr(exact, "GRAIN_TOKENS", 256)
             hopper = torch.cuda.get_device_capability() >= (9, 0)
-            assert exact._suits_cudnn(q, part) == (hopper and head_dim <= 128)
+            suits = hopper and head_dim <= 128
+            assert exact._suits_cudnn(q, part) == suits
             got = partial_attention(q, part, **options)
-            if causal:
+            if causal and suits:
                 assert torch.equal(exact_attention(q, part, scale=head_dim**-0.5), got[0])
         truth = partial_attention_ref(q.float(), part.float(), **options)
         assert (got[0] - truth[0]).norm() <= 2 * (flash[0] - truth[0]).norm()

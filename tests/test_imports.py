@@ -15,6 +15,7 @@ LEVEL = {
     "failures": 0,
     "units": 0,
     "files": 0,
+    "transfer": 0,
     "needles": 0,
     "prose": 0,
     "pocket": 0,
