@@ -31,6 +31,7 @@ from benchmarks.decode import TOLERANCE, numbers, tolerance_of
 from benchmarks.profile import profile_reading, text_of_reading
 from benchmarks.workload import SHAPES, Context, config_of, make_model
 from sentencekv.config import Config
+from sentencekv.fused import FusedLayers
 from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.prompts import Prompt
@@ -83,13 +84,15 @@ class Ours:
 
     def __init__(self, model: PreTrainedModel, config: Config, memory: HostMemory) -> None:
         self._model, self._config, self.memory = model, config, memory
+        self._layers = FusedLayers(model)
         self.session: Session | None = None
 
     def __call__(self, prompt: Prompt) -> Tensor:
         policy = load(self._config.policy, self._config.policy_options)
         self.session = Session(self._config, policy, self.memory, self._model.device)
         chunk_tokens = self._config.prefill_chunk_tokens or CHUNK_TOKENS[self._model.device.type]
-        logits = read(self._model, [self.session], [prompt], chunk_tokens=chunk_tokens)
+        with self._layers.active():
+            logits = read(self._model, [self.session], [prompt], chunk_tokens=chunk_tokens)
         self.session.state()  # waits until all rows are in host memory
         return logits
 

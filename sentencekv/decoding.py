@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sentencekv.graph import Stepper
 from sentencekv.prompts import tail_ends
-from sentencekv.sampling import Sampler, SamplingOptions, TextStream
+from sentencekv.sampling import Sampler, SamplingOptions, TextStream, draw_together
 from sentencekv.session import Session
 
 FinishReason = Literal["stop", "length"]
@@ -41,12 +41,8 @@ class Decoding:
         self._tokenizer = tokenizer
         self._options = options
         self._stop_ids = stop_ids
-        self._sampler = Sampler(options, context_ids, session.device)
+        self.sampler = Sampler(options, context_ids, session.device)
         self._first_position = session.num_tokens
-
-    def draw(self, logits_V: Tensor) -> Tensor:
-        """Draw the next token, on the device; see `Sampler.draw`."""
-        return self._sampler.draw(logits_V)
 
     @property
     def ends_by_length(self) -> bool:
@@ -54,8 +50,8 @@ class Decoding:
         return len(self.token_ids) + 1 >= self._options.max_new_tokens
 
     def take(self, drawn: Sequence[float]) -> str:
-        """Add the token that `draw` gave; returns the text that it makes certain."""
-        token, logprob = self._sampler.take(drawn)
+        """Add the token that the sampler drew; returns the text that it makes certain."""
+        token, logprob = self.sampler.take(drawn)
         self.last_token_at = time.perf_counter()
         if not self.token_ids:
             self.first_token_at = self.last_token_at
@@ -110,7 +106,7 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
     active = list(range(len(decodings)))
     on_host: _HostCopy | None = None
     while active:
-        drawn_B3 = torch.stack([decodings[i].draw(logits_BV[row]) for row, i in enumerate(active)])
+        drawn_B3 = draw_together([decodings[i].sampler for i in active], logits_BV)
         on_host = on_host or _HostCopy(drawn_B3)
         on_host.start(drawn_B3)
         ahead: list[int] = []

@@ -18,6 +18,7 @@ from sentencekv import policies
 from sentencekv.attention import forward, text_config
 from sentencekv.config import Config
 from sentencekv.decoding import Decoding, decode
+from sentencekv.fused import FusedLayers
 from sentencekv.generation import Generation, find_sources, finish
 from sentencekv.graph import Stepper
 from sentencekv.memory import HostMemory
@@ -36,14 +37,21 @@ class Engine:
     """One model, tokenizer, configuration and bound of host memory."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, memory: HostMemory
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
+        memory: HostMemory,
+        layers: FusedLayers | None = None,
     ) -> None:
+        """`layers`: those of the model, if they were looked at already."""
         self.model = model
+        self.layers = layers or FusedLayers(model)
         self.tokenizer = tokenizer
         self.config = config
         self.memory = memory
         self.policy = policies.load(config.policy, config.policy_options)
-        self.stepper = Stepper(model, self.policy)
+        self.stepper = Stepper(model, self.policy, layers=self.layers)
         self.owner = Owner(model, tokenizer)
         self._stop_ids = _stop_ids(model, tokenizer)
         embedding: Any = model.get_input_embeddings()
@@ -100,7 +108,8 @@ class Engine:
     def read(self, sessions: Sequence[Session], prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
         """Append prompts to sessions, exactly; returns the logits `[B, vocabulary]` of their last tokens."""
         chunk_tokens = self.config.prefill_chunk_tokens or _CHUNK_TOKENS[self.model.device.type]
-        return read(self.model, sessions, prompts, chunk_tokens=chunk_tokens, progress=progress)
+        with self.layers.active():
+            return read(self.model, sessions, prompts, chunk_tokens=chunk_tokens, progress=progress)
 
     def generate(
         self,
@@ -165,7 +174,8 @@ class Engine:
         logits = [self.read([session], [context])]
         session.expect([end for end in prompt.ends if end > first])
         if self.policy.reads == "everything" and len(scored) > 1:
-            logits.append(forward(self.model, [scored[:-1]], [session], exact=True, all_logits=True))
+            with self.layers.active():
+                logits.append(forward(self.model, [scored[:-1]], [session], exact=True, all_logits=True))
         else:
             logits += [self.stepper.step([session], [token]).clone() for token in scored[:-1]]
         logits_LV = torch.cat(logits)

@@ -1,10 +1,13 @@
-"""A model's own layers in five kernels each besides attention, for the few rows of a decoding step.
+"""A model's own layers in few kernels besides attention: five for the few rows of a decoding step.
+
+With many rows, as when a text is read, the products are the library's, and what is between them is four kernels in
+place of fifteen. The norms outside layers, as that before the head, are a kernel each.
 
 Layers of the Llama pattern are found by their parts, not by their names, and each is taken only if it computes, on
 random hidden states, what the layer's own forward computes; all others are left as they are. Nothing is copied, and
 the model is changed only inside `FusedLayers.active`, where those layers have a `forward` of their own.
 
-With more than two rows, the two norms are kernels of their own: seven.
+With more than two rows, the two norms of a step are kernels of their own: seven.
 
 Knows layers and the keywords that models hand them. Knows nothing of what `session.attend` does.
 """
@@ -22,18 +25,19 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sentencekv.attention import NAME, attention_as, run_model
-from triton_ops.gated_linear import Activation, gated_linear
+from triton_ops.gated_linear import gated_linear
+from triton_ops.gated_product import Activation, gated_product
 from triton_ops.linear import MAX_ROWS, linear
-from triton_ops.rms_norm import rms_norm_ref
-from triton_ops.rotary import rotary
+from triton_ops.rms_norm import rms_norm, rms_norm_ref
+from triton_ops.rotary import Heads, rotary
 
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
 
-_CHECKED_POSITIONS = ([3], [0, 700, 100_003])
-"""Of the rows that a layer is checked with, in two passes; one is far, since some models scale far queries."""
+_CHECKED_POSITIONS = ([3], [0, 700, 100_003], [*range(MAX_ROWS), 100_003])
+"""Of the rows that a layer is checked with, in three passes; one is far, since some models scale far queries."""
 _CHECKED_SCALES = (0.02, 1.0)
 """Of random hidden states. Small ones, since then the layer's own contribution stands out from the residual."""
 _LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -49,6 +53,10 @@ class _Norm:
     module: Any
     eps: float
     offset: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the module returns for rows of any shape."""
+        return rms_norm(x.reshape(-1, x.shape[-1]), self.module.weight, eps=self.eps, offset=self.offset).view(x.shape)
 
 
 class _FixedAttention:
@@ -110,26 +118,47 @@ class _FusedLayer:
         self.head_dim = 0
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the layer's own forward returns. Passes that are no decoding step go to that one."""
+        """What the layer's own forward returns. Passes without a session go to that one."""
         hidden = arguments[0] if arguments else keywords["hidden_states"]
         session = keywords.get("session")
-        if session is None or hidden.shape[0] != 1 or hidden.shape[1] > MAX_ROWS:
+        if session is None or hidden.shape[0] != 1:
             return self.own_forward(*arguments, **keywords)
-        return self.step(hidden[0], keywords["position_embeddings"], session)[None]
+        return self.run(hidden[0], keywords["position_embeddings"], session)[None]
 
-    def step(self, hidden_LI: Tensor, position_embeddings: tuple[Tensor, Tensor], session: Any) -> Tensor:
-        """Hidden states `[L, I]` of one token for each of L sequences, through the layer."""
+    def run(self, hidden_LI: Tensor, position_embeddings: tuple[Tensor, Tensor], session: Any) -> Tensor:
+        """Hidden states `[L, I]` of L tokens through the layer."""
+        run = self._step if hidden_LI.shape[0] <= MAX_ROWS else self._read
+        return run(hidden_LI, position_embeddings, session)
+
+    def _read(self, hidden_LI: Tensor, position_embeddings: tuple[Tensor, Tensor], session: Any) -> Tensor:
         attention, mlp = self.attention, self.mlp
-        qkv_LO = linear(
-            hidden_LI,
-            (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
-            _present(attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias),
-            norm_weight_I=self.input_norm.module.weight,
-            norm_eps=self.input_norm.eps,
-            norm_offset=self.input_norm.offset,
+        normed_LI = self.input_norm(hidden_LI)
+        qkv_LO = _products(normed_LI, attention.q_proj, attention.k_proj, attention.v_proj)
+        output_LI = self._attend(qkv_LO, position_embeddings, session)
+        hidden_LI = _add_product(hidden_LI, output_LI, attention.o_proj)
+        normed_LI = self.mlp_norm(hidden_LI)
+        gate_LO, up_LO = mlp.gate_proj(normed_LI), mlp.up_proj(normed_LI)
+        gated_product(gate_LO, up_LO, activation=self.activation)
+        del up_LO
+        return _add_product(hidden_LI, gate_LO, mlp.down_proj, in_place=True)
+
+    def _attend(self, qkv_LO: Tensor, position_embeddings: tuple[Tensor, Tensor], session: Any) -> Tensor:
+        """Attention output `[L, A * H]` from packed projections."""
+        heads = self._heads(qkv_LO, position_embeddings)
+        output_ALH = session.attend(
+            self.layer_number,
+            heads.q_BAH.transpose(0, 1),
+            heads.k_BNH.transpose(0, 1),
+            heads.v_BNH.transpose(0, 1),
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            softcap=None,
         )
+        return output_ALH.transpose(0, 1).reshape(qkv_LO.shape[0], -1)
+
+    def _heads(self, qkv_LO: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Heads:
         cos, sin = (table[0] for table in position_embeddings) if self.rotates else (None, None)
-        heads = rotary(
+        return rotary(
             qkv_LO,
             cos,
             sin,
@@ -140,17 +169,19 @@ class _FusedLayer:
             norm_eps=self.head_norm.eps,
             norm_offset=self.head_norm.offset,
         )
-        output_ALH = session.attend(
-            self.layer_number,
-            heads.q_BAH.transpose(0, 1),
-            heads.k_BNH.transpose(0, 1),
-            heads.v_BNH.transpose(0, 1),
-            scale=self.scale,
-            sliding_window=self.sliding_window,
-            softcap=None,
+
+    def _step(self, hidden_LI: Tensor, position_embeddings: tuple[Tensor, Tensor], session: Any) -> Tensor:
+        attention, mlp = self.attention, self.mlp
+        qkv_LO = linear(
+            hidden_LI,
+            (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+            _present(attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias),
+            norm_weight_I=self.input_norm.module.weight,
+            norm_eps=self.input_norm.eps,
+            norm_offset=self.input_norm.offset,
         )
         hidden_LI = linear(
-            output_ALH.transpose(0, 1).reshape(hidden_LI.shape[0], -1),
+            self._attend(qkv_LO, position_embeddings, session),
             (attention.o_proj.weight,),
             _present(attention.o_proj.bias),
             residual_BO=hidden_LI,
@@ -206,7 +237,7 @@ class _FusedLayer:
         cos, sin = call.keywords["position_embeddings"]
         if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[2] > self.head_dim:
             raise _UnfitError("its rotary tables are of an unknown shape")
-        ours = self.step(hidden[0], (cos, sin), _FixedAttention())
+        ours = self.run(hidden[0], (cos, sin), _FixedAttention())
         truth = own[0].float()
         added = (truth - hidden[0].float()).norm()
         error = (ours.float() - truth).norm()
@@ -215,7 +246,7 @@ class _FusedLayer:
 
 
 class FusedLayers:
-    """Those layers of a loaded model that can run in a few kernels, and a context in which they do.
+    """Those layers and norms of a loaded model that can run in a few kernels, and a context in which they do.
 
     Args:
         model: in evaluation mode, and supported by `attention.check_supported`. Runs two short passes here, and
@@ -228,6 +259,7 @@ class FusedLayers:
         self.left_alone: dict[str, str] = {}
         """Name of each layer that looks like a decoder layer but is not fused, and why."""
         self._fused: list[tuple[nn.Module, _FusedLayer]] = []
+        self._norms: list[tuple[nn.Module, _Norm]] = []
         self._num_active = 0
         found = {}
         for name, module in model.named_modules():
@@ -249,6 +281,8 @@ class FusedLayers:
                         self._fused.append((module, fused))
                     except _UnfitError as reason:
                         self.left_alone[name] = str(reason)
+        if self._fused:
+            self._norms = _norms_outside(model, [module for module, _ in found.values()], self._fused[0][1])
 
     @property
     def num_fused(self) -> int:
@@ -257,21 +291,63 @@ class FusedLayers:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the layers' `forward` is the fused one wherever they are called with a session and few rows.
+        """Inside, the layers' `forward` is the fused one wherever they are called with a session, that of norms always.
 
         May be entered again inside itself. CUDA graphs captured inside stay valid outside.
         """
         self._num_active += 1
         if self._num_active == 1:
-            for layer, fused in self._fused:
-                layer.forward = fused  # type: ignore[assignment]
+            for module, ours in self._replaced:
+                module.forward = ours
         try:
             yield
         finally:
             self._num_active -= 1
             if self._num_active == 0:
-                for layer, _ in self._fused:
-                    del layer.forward
+                for module, _ in self._replaced:
+                    del module.forward
+
+    @property
+    def _replaced(self) -> list[tuple[Any, Callable[..., Any]]]:
+        return [*self._fused, *self._norms]
+
+
+def _products(x_LI: Tensor, *layers: nn.Linear) -> Tensor:
+    """Outputs of linear layers side by side, `[L, O]`; no copies."""
+    out_LO = x_LI.new_empty((x_LI.shape[0], sum(layer.out_features for layer in layers)))
+    for layer, part in zip(layers, out_LO.split([layer.out_features for layer in layers], dim=1), strict=True):
+        if layer.bias is None:
+            torch.mm(x_LI, layer.weight.t(), out=part)
+        else:
+            torch.addmm(layer.bias, x_LI, layer.weight.t(), out=part)
+    return out_LO
+
+
+def _add_product(residual_LO: Tensor, x_LI: Tensor, layer: nn.Linear, *, in_place: bool = False) -> Tensor:
+    """The layer's output plus the residual, which is written to if `in_place`."""
+    if layer.bias is not None:
+        return residual_LO + layer(x_LI)
+    return torch.addmm(residual_LO, x_LI, layer.weight.t(), out=residual_LO if in_place else None)
+
+
+def _norms_outside(model: nn.Module, layers: Sequence[nn.Module], like: _FusedLayer) -> list[tuple[nn.Module, _Norm]]:
+    """RMSNorms that are no part of a layer, as the last one of a model; with weights like those of a fused layer."""
+    inside = {module for layer in layers for module in layer.modules()}
+    weight = like.input_norm.module.weight
+    found = []
+    for module in model.modules():
+        its = getattr(module, "weight", None)
+        if module in inside or not isinstance(its, Tensor) or its.dim() != 1:
+            continue
+        if (its.device, its.dtype) != (weight.device, weight.dtype) or _is_hooked(module):
+            continue
+        with contextlib.suppress(_UnfitError):
+            found.append((module, _norm_of(module)))
+    return found
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _present(*biases: Tensor | None) -> tuple[Tensor, ...]:
@@ -295,7 +371,7 @@ def _check_parts(layer: Any) -> None:
         if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             raise _UnfitError(f"{type(module).__name__} has tensors of its own")
     for module in layer.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if _is_hooked(module):
             raise _UnfitError(f"{type(module).__name__} is hooked")
 
 

@@ -92,7 +92,7 @@ class LongContextLM:
         memory = engine.memory
         if (config.host_memory_bytes, config.spill_folder) != (memory.limit_bytes, memory.spill_folder):
             memory = _make_memory(config, pinned=memory.pinned)
-        return LongContextLM(Engine(engine.model, engine.tokenizer, config, memory))
+        return LongContextLM(Engine(engine.model, engine.tokenizer, config, memory, engine.layers))
 
     @property
     def model(self) -> PreTrainedModel:

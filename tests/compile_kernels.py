@@ -21,8 +21,10 @@ from triton.runtime.jit import JITFunction
 
 from tests.lanes import random_batch, random_heads
 from triton_ops import Lanes, Resolved, Scores, pack_kv
+from triton_ops.draw_greedy import draw_greedy_triton
 from triton_ops.encode_keys import encode_keys_triton
 from triton_ops.gated_linear import gated_linear_triton
+from triton_ops.gated_product import gated_product_triton
 from triton_ops.gather_kv import gather_kv_triton
 from triton_ops.linear import linear_triton
 from triton_ops.merge_attention import merge_attention_triton
@@ -192,6 +194,17 @@ def gated_linear(shape: Shape) -> None:
         gated_linear_triton(x, weight, weight, norm_weight_I=norm)
 
 
+def gated_product(shape: Shape) -> None:
+    gate = torch.zeros(3, 512, dtype=shape.dtype)
+    for activation in ("silu", "gelu_tanh"):
+        gated_product_triton(gate, gate.clone(), activation=activation)
+
+
+def draw_greedy(shape: Shape) -> None:
+    for dtype in (shape.dtype, torch.float32):
+        draw_greedy_triton(torch.zeros(2, 128_256, dtype=dtype))
+
+
 def rms_norm(shape: Shape) -> None:
     x, _, norm = of_layer(shape, 4, 16, shape.hidden)
     rms_norm_triton(x, norm, eps=1e-5)
@@ -219,6 +232,8 @@ OPS: dict[str, Callable[[Shape], None]] = {
         sparse_decode,
         linear,
         gated_linear,
+        gated_product,
+        draw_greedy,
         rms_norm,
         rotary,
     )

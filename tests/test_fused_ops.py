@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from triton_ops.gated_linear import gated_linear, gated_linear_ref, gated_linear_triton
+from triton_ops.gated_product import gated_product, gated_product_ref, gated_product_triton
 from triton_ops.linear import MAX_ROWS, linear, linear_ref, linear_triton
 from triton_ops.rms_norm import rms_norm, rms_norm_ref, rms_norm_triton
 from triton_ops.rotary import rotary, rotary_ref, rotary_triton
@@ -116,6 +117,22 @@ def test_gated_linear(activation: str, num_in: int, num_out: int, batch: int, dt
 
 
 @kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (5, 2048)])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_product(activation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    gate, up = (normal(*shape, dtype=dtype, scale=3.0) for _ in range(2))
+    for op in (gated_product_triton, gated_product_ref):
+        given = gate.clone()
+        assert op(given, up, activation=activation) is given
+
+    def each(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda gate, up, **keywords: op(gate.clone(), up, **keywords)
+
+    close(each(gated_product_triton), each(gated_product_ref), gate, up, activation=activation)
+
+
+@kernels
 @pytest.mark.parametrize("batch", [1, 5])
 def test_large_rows_of_half_precision_do_not_overflow(batch: int) -> None:
     x = torch.full((batch, 64), 3e4, device=DEVICE, dtype=torch.float16)
@@ -146,6 +163,16 @@ def test_rotary(head_dim: int, num_rotary: int, normed: bool, dtype: torch.dtype
                 head_dim=head_dim,
                 **norms,
             )
+
+
+@pytest.mark.gpu
+def test_rotary_of_more_rows_than_a_grid_has() -> None:
+    qkv = normal(70_000, 4 * 8, dtype=torch.float32)
+    angle = torch.rand(70_000, 8, device=DEVICE) * 6
+    options = {"num_kv_heads": 1, "head_dim": 8}
+    got, want = (op(qkv, angle.cos(), angle.sin(), **options) for op in (rotary_triton, rotary_ref))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.gpu
@@ -182,6 +209,8 @@ def test_ops_choose_by_device(device: torch.device) -> None:
     ):
         keywords = {"eps": 1e-5} if op is rms_norm else {}
         torch.testing.assert_close(op(*arguments, **keywords), reference(*arguments, **keywords))
+    want = gated_product_ref(x.clone(), x, activation="silu")
+    torch.testing.assert_close(gated_product(x.clone(), x, activation="silu"), want)
     qkv = torch.randn(2, 32, device=device)
     got = rotary(qkv, None, None, num_kv_heads=1, head_dim=8)
     want = rotary_ref(qkv, None, None, num_kv_heads=1, head_dim=8)

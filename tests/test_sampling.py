@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sentencekv import SamplingOptions
-from sentencekv.sampling import Sampler, TextStream, make_options
+from sentencekv.sampling import Sampler, TextStream, draw_together, make_options
 
 CPU = torch.device("cpu")
 
@@ -78,6 +78,15 @@ def test_logprobs_are_the_models_own() -> None:
     sampler = Sampler(SamplingOptions(temperature=0.5, seed=0, logprobs=True), [0], CPU)
     token, logprob = sampler.take(sampler.draw(logits).tolist())
     assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]))
+
+
+def test_drawing_together_is_drawing_one_by_one() -> None:
+    logits = torch.randn(3, 40)
+    greedy = {"logprobs": True}
+    for options in ([greedy] * 3, [greedy, {"temperature": 1.0, "seed": 1}, {"repetition_penalty": 1.4}]):
+        samplers, alone = ([Sampler(SamplingOptions(**given), [3], CPU) for given in options] for _ in range(2))
+        want = torch.stack([sampler.draw(row) for sampler, row in zip(alone, logits, strict=True)])
+        torch.testing.assert_close(draw_together(samplers, logits), want)
 
 
 def test_nan_logits_are_refused() -> None:

@@ -9,9 +9,10 @@ dimension, `S` sentences, `K` selected sentences (padded with -1), `C` hot-set s
 The order within one layer of one step: `score_sentences` or `score_codes`, `select_sentences`, `resolve_hot_set`,
 `sparse_decode`, and before it `gather_kv` where host memory holds codes. `summarize`, `encode_keys` and `offload_kv`
 run when sentences are closed, `merge_attention` while a text is read. `lanes` says where kernels find what belongs to a
-sequence.
+sequence. `draw_greedy` ends a step.
 """
 
+from triton_ops.draw_greedy import draw_greedy
 from triton_ops.encode_keys import encode_keys
 from triton_ops.gather_kv import gather_kv
 from triton_ops.lanes import Lane, Lanes, Part
@@ -33,6 +34,7 @@ __all__ = [
     "Part",
     "Resolved",
     "Scores",
+    "draw_greedy",
     "encode_keys",
     "gather_kv",
     "merge_attention",

@@ -1,7 +1,5 @@
 """The gated half of a feed-forward layer on the few rows of a decoding step (Shazeer 2020, arXiv:2002.05202)."""
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
@@ -9,10 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
+from triton_ops.gated_product import Activation, activate
 from triton_ops.linear import FLOAT32_TILES, MAX_ROWS, Tiles, load_batch, load_row, load_weights
 from triton_ops.rms_norm import rms_norm, rms_norm_ref
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 def gated_linear_ref(
@@ -53,12 +50,7 @@ def _gated(
         up += tl.load(up_bias_ptr + o, mask=o < num_out, other=0.0).to(tl.float32)
     gate = gate.to(dtype).to(tl.float32)
     up = up.to(dtype).to(tl.float32)
-    if SILU:
-        gate = gate * tl.sigmoid(gate)
-    else:
-        # 1 + tanh(z) = 2 * sigmoid(2 * z)
-        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    return gate.to(dtype).to(tl.float32) * up
+    return activate(gate, SILU).to(dtype).to(tl.float32) * up
 
 
 @triton.jit

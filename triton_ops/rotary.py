@@ -85,8 +85,10 @@ def _rotary_kernel(
     OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    # One dimension: the others of a grid end at 65,535, which a chunk of a text may pass.
+    all_heads = num_heads + 2 * num_kv_heads
+    head = tl.program_id(0) % all_heads
+    b = (tl.program_id(0) // all_heads).to(tl.int64)
     dtype = q_ptr.dtype.element_ty
     h = tl.arange(0, HEAD_BLOCK)
     inside = h < HEAD_DIM
@@ -166,7 +168,7 @@ def rotary_triton(
     out = Heads(empty(num_heads), empty(num_kv_heads), empty(num_kv_heads))
     early = starts_early(qkv_BO)
     any_norm = q_norm_H if q_norm_H is not None else k_norm_H if k_norm_H is not None else qkv_BO
-    _rotary_kernel[(num_heads + 2 * num_kv_heads, batch)](
+    _rotary_kernel[((num_heads + 2 * num_kv_heads) * batch,)](
         qkv_BO,
         qkv_BO if cos_BR is None else cos_BR,
         qkv_BO if sin_BR is None else sin_BR,
