@@ -323,7 +323,7 @@ class _Loading:
 
 
 def _load(saved: SavedFile, memory: HostMemory, name: str, layout: Layout, capacity: int, used: int) -> Tensor:
-    rows = layout.allocate(memory, capacity)
+    rows = memory.allocate(*layout.slab_shape(capacity))
     for suffix, part in zip(_SUFFIXES, layout.parts(rows, capacity), strict=False):
         saved.read_into(name + suffix, [head[:used] for head in part])
     return rows

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sentencekv.memory import HostMemory, power_of_two
+from sentencekv.memory import HostMemory, Spares, power_of_two
 from sentencekv.transfer import to_device
 from triton_ops import Format, Packed, pack_kv, packed_slab, unpack_kv
 from triton_ops.pack_kv import code_width, row_bytes, scale_width
@@ -65,11 +65,11 @@ class Layout:
         """Of so many rows of all heads."""
         return self.num_heads * capacity * self.row_bytes
 
-    def allocate(self, memory: HostMemory, capacity: int) -> Tensor:
-        """Host memory for so many rows of all heads."""
+    def slab_shape(self, capacity: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of a tensor that holds so many rows of all heads."""
         if self.kv_format is None:
-            return memory.allocate((self.num_heads, capacity, 2, self.head_dim), self.dtype)
-        return memory.allocate((self.num_heads, capacity * self.row_bytes), torch.uint8)
+            return (self.num_heads, capacity, 2, self.head_dim), self.dtype
+        return (self.num_heads, capacity * self.row_bytes), torch.uint8
 
     def shapes(self, num_rows: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         """Types and shapes of `parts` with so many rows."""
@@ -153,11 +153,13 @@ class Slab:
             memory.taken_bytes(self._layout_of_layer[layer].num_bytes(self.capacity_tokens)) for layer in missing
         )
 
-    def allocate(self, layer: int, memory: HostMemory, layout: Layout) -> None:
-        """Host memory for one layer, if it has none yet."""
-        if layer not in self._rows_of_layer:
-            self._rows_of_layer[layer] = layout.allocate(memory, self.capacity_tokens)
-            self._layout_of_layer[layer] = layout
+    def allocate(self, layer: int, spares: Spares, layout: Layout) -> bool:
+        """Host memory for one layer, if it has none yet; whether it had none."""
+        if layer in self._rows_of_layer:
+            return False
+        self._rows_of_layer[layer] = spares.take(layer, *layout.slab_shape(self.capacity_tokens))
+        self._layout_of_layer[layer] = layout
+        return True
 
     @property
     def free_tokens(self) -> int:
@@ -215,6 +217,9 @@ class Extent:
         for layer, tables in (tables_of_layer or {}).items():
             self.add_summaries(layer, tables)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._spares = Spares(memory, device)
+        self._next_capacity = 0
+        """Rows of the slab that will be needed after the last one; 0: none is expected."""
         self._writes: deque[torch.cuda.Event] = deque()
         """The latest ones, oldest first; on a GPU."""
 
@@ -247,7 +252,7 @@ class Extent:
         packed.place(int(start[0]), length.tolist(), self.num_tokens)
         for layer in self.slabs[0].layers:
             for slab in packed.slabs:
-                slab.allocate(layer, self.memory, self.slabs[0].layout(layer))
+                slab.allocate(layer, self._spares, self.slabs[0].layout(layer))
             parts_of = [[slab.parts(layer) for slab in each.slabs] for each in (self, packed)]
             for (_, count, slab, row), (_, _, new_slab, new_row) in zip(
                 self.place_of.tolist(), packed.place_of.tolist(), strict=True
@@ -298,13 +303,18 @@ class Extent:
         if offset > run_start:
             runs.append(Run(self.slabs[-1], run_row, run_start, offset))
         self.num_tokens += offset
+        later_tokens = expected_tokens - self.slabs[-1].free_tokens if self.slabs else 0
+        self._next_capacity = _slab_tokens(later_tokens, max(lengths), self.row_bytes) if later_tokens > 0 else 0
         self.place_of = torch.cat([self.place_of, torch.tensor(placed, dtype=torch.int64).reshape(-1, 4)])
         return runs
 
     def allocate(self, layer: int, runs: Sequence[Run], layout: Layout) -> None:
-        """Host memory of one layer for the slabs of these runs, where they have none yet."""
+        """Host memory of one layer for the slabs of these runs, where they have none yet. With the last slab's, that of
+        the slab after it is ordered, if one is expected."""
         for run in runs:
-            run.slab.allocate(layer, self.memory, layout)
+            is_new = run.slab.allocate(layer, self._spares, layout)
+            if is_new and self._next_capacity and run.slab is self.slabs[-1]:
+                self._spares.order(layer, *layout.slab_shape(self._next_capacity))
 
     def write(self, layer: int, runs: Sequence[Run], kv_NTH: Tensor, kv_format: Format | None = None) -> None:
         """Copy closed tokens `[N, T, 2, H]` of one layer to host memory, in a format of fewer bits if one is given;
@@ -334,7 +344,9 @@ class Extent:
             self._writes.popleft().synchronize()
 
     def flush(self) -> None:
-        """Wait until all rows written so far are in host memory."""
+        """Wait until all rows written so far are in host memory; what more was expected is not."""
+        self._next_capacity = 0
+        self._spares.clear()
         if self._copy_stream is not None:
             self._copy_stream.synchronize()
 

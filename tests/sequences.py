@@ -1,6 +1,7 @@
 """Random sequences for tests of sessions: queries, keys and values without a model, and what dense attention gives."""
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,9 +15,28 @@ from sentencekv.policies import Policy
 from sentencekv.session import Session
 from triton_ops import Lanes
 
+CPU = torch.device("cpu")
 HEADS, GROUPS, DIM, SCALE = 2, 3, 16, 0.25
 CONFIG = Config(budget_tokens=64, sink_tokens=5, window_tokens=12, max_sentence_tokens=8, min_sentence_tokens=2)
 LENGTHS = [3, 8, 1, 5, 8, 2, 7, 4]
+
+
+class PinnedForNobody(HostMemory):
+    """Host memory that is treated as pinned where no device is, and knows which threads asked for it."""
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        super().__init__(limit_bytes, pinned=False)
+        self.pinned = True
+        self.threads: list[str] = []
+
+    def _new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self.threads.append(threading.current_thread().name.split("_")[0])
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def wait(self) -> None:
+        """Until the background has done all that was ordered."""
+        if self._background is not None:
+            self._background.submit(int).result()
 
 
 def sentence_ends(num_tokens: int, after: int = 0) -> list[int]:

@@ -147,7 +147,7 @@ def test_large_rows_of_half_precision_do_not_overflow(batch: int) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("head_dim", "num_rotary"), [(16, 16), (24, 24), (16, 8), (8, 0)])
 def test_rotary(head_dim: int, num_rotary: int, normed: bool, dtype: torch.dtype) -> None:
-    for batch, num_heads, num_kv_heads in ((1, 4, 2), (3, 2, 1)):
+    for batch, num_heads, num_kv_heads in ((1, 4, 2), (3, 2, 1), (34, 7, 1)):
         qkv = normal(batch, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, scale=3.0)
         angle = torch.rand(batch, num_rotary, device=DEVICE) * 6
         cos, sin = (angle.cos().to(dtype), angle.sin().to(dtype)) if num_rotary else (None, None)

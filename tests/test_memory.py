@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sentencekv.memory import HostMemory
+from sentencekv import memory as memory_module
+from sentencekv.memory import HostMemory, Spares
+from tests.sequences import CPU, PinnedForNobody
 
 
 def test_it_is_bounded_and_counted() -> None:
@@ -84,3 +86,71 @@ def test_without_a_folder_nobody_moves() -> None:
     del held
     gc.collect()
     memory.check(150)
+
+
+def test_spares_come_from_the_background() -> None:
+    memory = PinnedForNobody(None)
+    spares = Spares(memory, CPU)
+    spares.order(0, (5, 4), torch.float32)
+    spares.order(1, (5, 4), torch.float32)
+    spares.order(1, (7,), torch.uint8)
+    memory.wait()
+    assert memory.threads == ["sentencekv-memory"] * 3
+    taken = [spares.take(user, (5, 4), torch.float32) for user in (0, 1, 0, 2)]
+    assert [(tuple(tensor.shape), tensor.dtype) for tensor in taken] == [((5, 4), torch.float32)] * 4
+    # What a user has not ordered, or not of that type, is allocated at once.
+    assert spares.take(1, (7,), torch.int8).dtype == torch.int8
+    assert memory.threads[3:] == ["MainThread"] * 3
+    spares.take(1, (7,), torch.uint8)
+    assert len(memory.threads) == 6
+
+
+def test_spares_that_nobody_takes_are_given_up() -> None:
+    memory = PinnedForNobody(None)
+    for give_up in (Spares.clear, lambda spares: None):
+        spares = Spares(memory, CPU)
+        spares.order(0, (100,), torch.uint8)
+        spares.order(1, (100,), torch.uint8)
+        give_up(spares)
+        del spares
+        memory.wait()
+        gc.collect()
+        assert memory.in_use_bytes == 0
+
+
+def test_spares_that_do_not_fit_are_not_in_the_way() -> None:
+    """What is asked for gets the memory that another spare holds; if that is not enough, the error is the usual one."""
+    memory = PinnedForNobody(250)
+    spares = Spares(memory, CPU)
+    spares.order(0, (200,), torch.uint8)
+    spares.order(1, (100,), torch.uint8)
+    memory.wait()
+    kept = spares.take(1, (100,), torch.uint8)
+    assert memory.in_use_bytes == memory.taken_bytes(kept.nbytes) == 128
+    with pytest.raises(MemoryError, match="close documents"):
+        spares.take(0, (200,), torch.uint8)
+
+
+def test_ordinary_memory_is_not_got_ready() -> None:
+    memory = HostMemory(None, pinned=False)
+    Spares(memory, CPU).order(0, (100,), torch.uint8)
+    assert memory.in_use_bytes == 0
+    assert memory._background is None
+
+
+def test_pinning_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own come first, and win where they say how to pin."""
+    applied: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", applied.append, raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    ours = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+    for given, want in (
+        (None, [ours]),
+        ("expandable_segments:True", [f"expandable_segments:True,{ours}"]),
+        ("pinned_use_background_threads:True", []),
+    ):
+        applied.clear()
+        if given is not None:
+            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+        memory_module._pin_faster.__wrapped__()
+        assert applied == want

@@ -1,11 +1,14 @@
 """Host memory: what is counted, refused before it is too late, and given back."""
 
+import gc
+
 import pytest
 import torch
 
 from sentencekv import store
 from sentencekv.memory import HostMemory
 from sentencekv.store import Extent, GrowingTable, Layout, Places, host_slabs
+from tests.sequences import CPU, PinnedForNobody
 
 
 def fill(extent: Extent, lengths: list[int], start: int, kv: torch.Tensor, expected: int = 0) -> None:
@@ -45,6 +48,40 @@ def test_rows_come_back_in_order(large: int, device: torch.device, monkeypatch: 
     assert first.slabs[0].rows(0).is_pinned() == (device.type == "cuda")
     taken = sum(slab.capacity_tokens for slab in first.slabs + second.slabs)
     assert taken <= sum(host_slabs(237, 0, 32) + host_slabs(163, 0, 32))
+
+
+def test_the_next_slab_is_got_ready_while_one_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, 320 tokens in slabs of 64: the first slabs are waited for, the others come from the background, and
+    none is got ready that is not needed."""
+    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", 64)
+    monkeypatch.setattr(store, "_SMALL_SLAB_TOKENS", 32)
+    memory = PinnedForNobody(None)
+    extent = Extent(memory, CPU)
+    kv = torch.randn(2, 2, 320, 2, 8)
+    for start in range(0, 320, 32):
+        runs = extent.place(start, [16, 16], 320 - start)
+        for layer in range(2):
+            extent.write(layer, runs, kv[layer, :, start : start + 32])
+        memory.wait()
+    assert len(extent.slabs) == 5
+    assert sorted(memory.threads) == ["MainThread"] * 2 + ["sentencekv-memory"] * 8
+    assert memory.in_use_bytes == extent.host_bytes
+    back = torch.empty(2, 320, 2, 8)
+    for layer in range(2):
+        Places([extent], CPU).read(layer, back)
+        assert torch.equal(back, kv[layer])
+
+
+def test_reading_that_ends_early_gives_spare_slabs_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", 64)
+    memory = PinnedForNobody(None)
+    extent = Extent(memory, CPU)
+    extent.write(0, extent.place(0, [20], 3000), torch.randn(2, 20, 2, 8))
+    memory.wait()
+    assert memory.in_use_bytes > extent.host_bytes
+    extent.flush()
+    gc.collect()
+    assert memory.in_use_bytes == extent.host_bytes
 
 
 def test_places_without_sentences(device: torch.device) -> None:

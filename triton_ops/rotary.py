@@ -10,6 +10,11 @@ from torch import Tensor
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.rms_norm import rms_norm_ref
 
+_FEW_ROWS = 32
+"""Up to this many, there are few programs even with one for each head."""
+_HEADS = 8
+"""Heads of a program otherwise."""
+
 
 class Heads(NamedTuple):
     """Queries `[B, A, H]`, keys and values `[B, N, H]`, each contiguous."""
@@ -61,6 +66,15 @@ def rotary_ref(
 
 
 @triton.jit
+def _normed(x, square_mean, weight, eps, offset, OFFSET: tl.constexpr, dtype: tl.constexpr):
+    """Rounded where tensors would be."""
+    x *= tl.rsqrt(square_mean + eps)
+    if OFFSET:
+        return (x * (weight + offset)).to(dtype).to(tl.float32)
+    return (x.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _rotary_kernel(
     qkv_ptr,
     cos_ptr,
@@ -79,19 +93,22 @@ def _rotary_kernel(
     offset,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
     NUM_ROTARY: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """`HEADS` heads of one row."""
     # One dimension: the others of a grid end at 65,535, which a chunk of a text may pass.
     all_heads = num_heads + 2 * num_kv_heads
-    head = tl.program_id(0) % all_heads
-    b = (tl.program_id(0) // all_heads).to(tl.int64)
-    dtype = q_ptr.dtype.element_ty
-    h = tl.arange(0, HEAD_BLOCK)
-    inside = h < HEAD_DIM
+    blocks = tl.cdiv(all_heads, HEADS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    head = ((tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS))[:, None]
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    h = tl.arange(0, HEAD_BLOCK)[None, :]
+    inside = (h < HEAD_DIM) & (head < all_heads)
     turns = h < NUM_ROTARY
     # The dimension that each one is turned with, and the sign with which that one enters.
     partner = tl.where(turns, tl.where(h < NUM_ROTARY // 2, h + NUM_ROTARY // 2, h - NUM_ROTARY // 2), h)
@@ -103,33 +120,28 @@ def _rotary_kernel(
     x = tl.load(x_ptr + h, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(x_ptr + partner, mask=inside, other=0.0).to(tl.float32)
     if Q_NORM or K_NORM:
-        normed = (is_q & Q_NORM) | (is_k & K_NORM)
-        weight_ptr = q_norm_ptr
-        if is_k:
-            weight_ptr = k_norm_ptr
-        weight = tl.load(weight_ptr + h, mask=inside & normed, other=0.0).to(tl.float32)
-        weight_y = tl.load(weight_ptr + partner, mask=inside & normed, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)
-        if OFFSET:
-            x_normed = (x * scale * (weight + offset)).to(dtype).to(tl.float32)
-            y_normed = (y * scale * (weight_y + offset)).to(dtype).to(tl.float32)
-        else:
-            x_normed = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-            y_normed = ((y * scale).to(dtype).to(tl.float32) * weight_y).to(dtype).to(tl.float32)
-        x = tl.where(normed, x_normed, x)
-        y = tl.where(normed, y_normed, y)
+        square_mean = tl.sum(x * x, 1)[:, None] / HEAD_DIM
+        if Q_NORM:
+            weight = tl.load(q_norm_ptr + h, mask=h < HEAD_DIM, other=0.0).to(tl.float32)
+            weight_y = tl.load(q_norm_ptr + partner, mask=h < HEAD_DIM, other=0.0).to(tl.float32)
+            x = tl.where(is_q, _normed(x, square_mean, weight, eps, offset, OFFSET, dtype), x)
+            y = tl.where(is_q, _normed(y, square_mean, weight_y, eps, offset, OFFSET, dtype), y)
+        if K_NORM:
+            weight = tl.load(k_norm_ptr + h, mask=h < HEAD_DIM, other=0.0).to(tl.float32)
+            weight_y = tl.load(k_norm_ptr + partner, mask=h < HEAD_DIM, other=0.0).to(tl.float32)
+            x = tl.where(is_k, _normed(x, square_mean, weight, eps, offset, OFFSET, dtype), x)
+            y = tl.where(is_k, _normed(y, square_mean, weight_y, eps, offset, OFFSET, dtype), y)
     if NUM_ROTARY > 0:
         cos = tl.load(cos_ptr + b * cos_stride + h, mask=turns, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + b * sin_stride + h, mask=turns, other=0.0).to(tl.float32)
         # The two products are rounded, as they are where they are tensors of their own.
         turned = (x * cos).to(dtype).to(tl.float32) + (sign * y * sin).to(dtype).to(tl.float32)
         x = tl.where(turns & (is_q | is_k), turned, x)
-    if is_q:
-        tl.store(q_ptr + (b * num_heads + head) * HEAD_DIM + h, x, mask=inside)
-    elif is_k:
-        tl.store(k_ptr + (b * num_kv_heads + head - num_heads) * HEAD_DIM + h, x, mask=inside)
-    else:
-        tl.store(v_ptr + (b * num_kv_heads + head - num_heads - num_kv_heads) * HEAD_DIM + h, x, mask=inside)
+    k_head = head - num_heads
+    v_head = k_head - num_kv_heads
+    tl.store(q_ptr + (b * num_heads + head) * HEAD_DIM + h, x, mask=inside & is_q)
+    tl.store(k_ptr + (b * num_kv_heads + k_head) * HEAD_DIM + h, x, mask=inside & is_k)
+    tl.store(v_ptr + (b * num_kv_heads + v_head) * HEAD_DIM + h, x, mask=inside & (v_head >= 0))
 
 
 def rotary_triton(
@@ -144,7 +156,7 @@ def rotary_triton(
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
 ) -> Heads:
-    """`rotary_ref` as one kernel, a program for each head of each row."""
+    """`rotary_ref` as one kernel, a program for each head of each row; for several heads where there are many rows."""
     batch, num_out = qkv_BO.shape
     num_heads = num_out // head_dim - 2 * num_kv_heads
     assert num_heads > 0
@@ -168,7 +180,8 @@ def rotary_triton(
     out = Heads(empty(num_heads), empty(num_kv_heads), empty(num_kv_heads))
     early = starts_early(qkv_BO)
     any_norm = q_norm_H if q_norm_H is not None else k_norm_H if k_norm_H is not None else qkv_BO
-    _rotary_kernel[((num_heads + 2 * num_kv_heads) * batch,)](
+    heads = 1 if batch <= _FEW_ROWS else _HEADS
+    _rotary_kernel[(triton.cdiv(num_heads + 2 * num_kv_heads, heads) * batch,)](
         qkv_BO,
         qkv_BO if cos_BR is None else cos_BR,
         qkv_BO if sin_BR is None else sin_BR,
@@ -184,12 +197,13 @@ def rotary_triton(
         norm_offset,
         HEAD_DIM=head_dim,
         HEAD_BLOCK=triton.next_power_of_2(head_dim),
+        HEADS=heads,
         NUM_ROTARY=num_rotary,
         Q_NORM=q_norm_H is not None,
         K_NORM=k_norm_H is not None,
         OFFSET=norm_offset != 0,
         EARLY=early,
-        num_warps=1,
+        num_warps=1 if heads == 1 else 4,
         **launch_options(early),
     )
     return out
