@@ -5,7 +5,8 @@
 Weights and prompts are random. transformers reads the prompt in one forward pass with its own cache and SDPA;
 sentencekv reads it in chunks, summarises its sentences and leaves their KV in host memory, to the last byte before the
 clock stops. The first reading takes host memory from the system (`cold`), later ones find it (`warm`). The floor is the
-arithmetic of the matrix products at the rate that the machine reaches on large ones. Before anything is timed, the
+arithmetic of the matrix products at the rate that the machine reaches on large ones. With `--generate 64` each reading
+is gone on from. Before anything is timed, the
 logits of both on a short prompt, with a model of the first layers alone, must agree as well as those of two dense
 implementations do; and each reading's logits are compared with those of dense reading where that fits.
 """
@@ -28,10 +29,12 @@ from transformers import PreTrainedModel
 
 from benchmarks import report
 from benchmarks.decode import TOLERANCE, numbers, tolerance_of
+from benchmarks.loop import time_loop
 from benchmarks.profile import profile_reading, text_of_reading
 from benchmarks.workload import SHAPES, Context, config_of, make_model
 from sentencekv.config import Config
 from sentencekv.fused import FusedLayers
+from sentencekv.graph import Stepper
 from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.prompts import Prompt
@@ -95,6 +98,15 @@ class Ours:
             logits = read(self._model, [self.session], [prompt], chunk_tokens=chunk_tokens)
         self.session.state()  # waits until all rows are in host memory
         return logits
+
+    def generate(self, logits_BV: Tensor, num_tokens: int) -> float:
+        """Go on greedily after what was read: median milliseconds between tokens."""
+        assert self.session is not None
+        stepper = Stepper(self._model, self.session.policy, layers=self._layers)
+        first = logits_BV.argmax(dim=1).tolist()
+        warmup = min(4, num_tokens // 2)
+        times, _ = time_loop(stepper, [self.session], first, warmup, num_tokens - warmup)
+        return float(np.median(times))
 
 
 @torch.inference_mode()
@@ -165,7 +177,14 @@ def check(shape: str, device: torch.device, dtype: torch.dtype, memory: HostMemo
 
 
 def rows_of(
-    model: PreTrainedModel, ours: Ours, prompt: Prompt, floor_seconds: float, repeats: int, *, with_dense: bool
+    model: PreTrainedModel,
+    ours: Ours,
+    prompt: Prompt,
+    floor_seconds: float,
+    repeats: int,
+    *,
+    with_dense: bool,
+    generate: int,
 ) -> list[dict[str, Any]]:
     """All readings of one prompt, transformers' first."""
     rows: list[dict[str, Any]] = []
@@ -194,6 +213,9 @@ def rows_of(
             row["kv_host_bytes"] = ours.session.host_bytes
             row["kv_gpu_bytes"] = ours.session.device_bytes
             row["summary_bytes"] = ours.session.summary_bytes
+            if generate:
+                row["generated_tokens"] = generate
+                row["ms_per_generated_token"] = ours.generate(logits, generate)
         add("sentencekv, warm" if number else "sentencekv, cold", row)
         ours.session = None
         gc.collect()
@@ -211,7 +233,10 @@ def table(rows: list[dict[str, Any]], weight_bytes: int) -> str:
         "of floor",
         "tokens/s",
         "GPU peak - weights, MiB",
+        "summaries, MiB",
+        "host, MiB",
         "error",
+        "ms per token after it",
         "status",
     ]
     cells = [
@@ -223,7 +248,10 @@ def table(rows: list[dict[str, Any]], weight_bytes: int) -> str:
             number(row.get("times_floor")),
             number(row.get("tokens_per_second"), 0),
             report.mib_text(row["peak_gpu_bytes"] - weight_bytes if "peak_gpu_bytes" in row else None),
+            report.mib_text(row.get("summary_bytes")),
+            report.mib_text(row.get("kv_host_bytes")),
             f"{row['error']:.1e}" if row.get("error") is not None else "-",
+            number(row.get("ms_per_generated_token")),
             row["status"],
         ]
         for row in rows
@@ -237,7 +265,8 @@ def main(
     policy: Annotated[str, typer.Option(help="Policy, or policy:option=number.")] = Config().policy,
     kv_dtype: Annotated[str, typer.Option(help="Precision of the host tier: auto, fp8, int8 or int4.")] = "auto",
     chunk: Annotated[int | None, typer.Option(help="Tokens of one forward pass; default as the library's.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Warm readings of each prompt.")] = 2,
+    repeats: Annotated[int, typer.Option(min=0, help="Warm readings of each prompt.")] = 2,
+    generate: Annotated[int, typer.Option(min=0, help="Tokens to generate after each reading, greedily.")] = 0,
     dense_up_to: Annotated[int, typer.Option(help="Longest prompt that transformers reads.")] = 131072,
     profile: Annotated[bool, typer.Option("--profile", help="Profile a last reading of the longest prompt.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
@@ -280,14 +309,20 @@ def main(
         raise typer.Exit(1)
     report.say(f"making {shape} with random weights")
     report.free(where)
-    model = make_model(shape, where, precision, max(*lengths, CHECK_TOKENS), seed)
+    model = make_model(shape, where, precision, max(*lengths, CHECK_TOKENS) + generate, seed)
     ours = Ours(model, config, memory)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     rows: list[dict[str, Any]] = []
     for length in lengths:
         prompt = make_prompt(model, length, config, seed)
         rows += rows_of(
-            model, ours, prompt, operations(model, length) / rate, repeats, with_dense=length <= dense_up_to
+            model,
+            ours,
+            prompt,
+            operations(model, length) / rate,
+            repeats,
+            with_dense=length <= dense_up_to,
+            generate=generate,
         )
     result: dict[str, Any] = {
         "benchmark": "prefill",

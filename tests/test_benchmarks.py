@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "seed": 0,
+    "generate": 0,
     "profile": False,
     "source_commit": "abc",
     "save": None,
@@ -332,6 +333,7 @@ SMALL_PREFILL = {
     "chunk": 200,
     "repeats": 1,
     "dense_up_to": 500,
+    "generate": 0,
     "profile": False,
     "device": "cpu",
     "dtype": "float32",
@@ -366,6 +368,14 @@ def test_prefill_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[
     assert check["relative_error"] < 1e-5 < 2 * check["tolerance"] < check["control_relative_error"]
     assert lines[0].startswith("check at 2048 tokens, 2 layers: ")
     assert lines[2].startswith("| read by")
+
+
+def test_prefill_goes_on_from_what_it_read(capsys: pytest.CaptureFixture[str]) -> None:
+    prefill.main(**{**SMALL_PREFILL, "contexts": "500", "repeats": 0, "generate": 5})
+    _, ours = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert ours["variant"] == "sentencekv, cold"
+    assert ours["generated_tokens"] == 5
+    assert ours["ms_per_generated_token"] > 0
 
 
 def test_operations_are_those_of_the_products() -> None:
