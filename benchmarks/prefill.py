@@ -6,9 +6,11 @@ Weights and prompts are random. transformers reads the prompt in one forward pas
 sentencekv reads it in chunks, summarises its sentences and leaves their KV in host memory, to the last byte before the
 clock stops. The first reading takes host memory from the system (`cold`), later ones find it (`warm`). The floor is the
 arithmetic of the matrix products at the rate that the machine reaches on large ones. With `--generate 64` each reading
-is gone on from. Before anything is timed, the
-logits of both on a short prompt, with a model of the first layers alone, must agree as well as those of two dense
-implementations do; and each reading's logits are compared with those of dense reading where that fits.
+is gone on from.
+
+Before anything is timed, the logits of both on a short prompt, with a model of the first layers alone, must agree as
+well as those of two dense implementations do; and each reading's logits are compared with those of dense reading where
+that fits.
 """
 
 from __future__ import annotations

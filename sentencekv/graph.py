@@ -170,7 +170,15 @@ class Stepper:
                 type(self._model).__name__,
                 str(error).partition("\n")[0],
             )
+            _record_nothing(self._model.device)
             return
         self._pool = graph.pool()
         recording.graph = graph
         self.num_recorded += 1
+
+
+def _record_nothing(device: torch.device) -> None:
+    """A recording that failed leaves torch's random generator waiting for its end, and whoever draws from it next gets
+    an internal error; one that succeeds ends the wait."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
