@@ -22,14 +22,17 @@ class _NoText:
 
 
 class _TimedDecoding(Decoding):
-    def __init__(self, session: Session, num_tokens: int) -> None:
-        options = SamplingOptions(max_new_tokens=num_tokens)
+    def __init__(self, session: Session, num_warmup: int, num_timed: int) -> None:
+        options = SamplingOptions(max_new_tokens=num_warmup + num_timed + 1)
         super().__init__(session, [], _NoText(), options, ())  # type: ignore[arg-type]
         self.taken_at: list[float] = []
+        self._num_warmup = num_warmup
 
     def take(self, drawn: Sequence[float]) -> str:
         piece = super().take(drawn)
         self.taken_at.append(self.last_token_at)
+        if len(self.taken_at) == self._num_warmup:
+            self.session.traffic.reset()
         return piece
 
     def close_sentences(self) -> None:
@@ -40,9 +43,10 @@ class _TimedDecoding(Decoding):
 def time_loop(
     stepper: Stepper, sessions: Sequence[Session], tokens: Sequence[int], num_warmup: int, num_timed: int
 ) -> tuple[list[float], list[list[int]]]:
-    """Generate greedily after one token for each session: milliseconds between tokens, and the tokens drawn."""
+    """Generate greedily after one token for each session: milliseconds between tokens, and the tokens drawn. The
+    sessions' traffic is counted from the end of the warm-up on."""
     logits_BV = stepper.step(sessions, tokens).clone()
-    decodings = [_TimedDecoding(session, num_warmup + num_timed + 1) for session in sessions]
+    decodings = [_TimedDecoding(session, num_warmup, num_timed) for session in sessions]
     for _ in decode(stepper, decodings, logits_BV):
         pass
     taken_at = decodings[-1].taken_at

@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.rows import GENERATION
+
 HIT_RATE = 0.85
 """Of the line; the band around it covers all hit rates."""
 
@@ -51,10 +53,12 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:
             label, color = _OTHERS[row["variant"]]
             _put(found.setdefault(label, Line(label, color, {})).ms_of, row, min)
     budgets = sorted({row["budget_tokens"] for row in timed if row["budget_tokens"]})
-    kinds = sorted({(row["policy"], row["budget_tokens"]) for row in timed if row["variant"] == "graph, fused"})
+    variants = {row["variant"] for row in timed}
+    variant = GENERATION if GENERATION in variants else "graph, fused"
+    kinds = sorted({(row["policy"], row["budget_tokens"]) for row in timed if row["variant"] == variant})
     for i, (policy, budget) in enumerate(kinds):
         color = _OURS[i % len(_OURS)]
-        ours = [row for row in timed if row["variant"] == "graph, fused" and row["policy"] == policy]
+        ours = [row for row in timed if row["variant"] == variant and row["policy"] == policy]
         ours = [row for row in ours if row["budget_tokens"] == budget]
         rates = {row["hit_rate_asked"] for row in ours}
         shown = HIT_RATE if HIT_RATE in rates else ours[-1]["hit_rate_asked"]

@@ -43,7 +43,8 @@ from sentencekv.prompts import Prompt
 from sentencekv.reading import read
 from sentencekv.session import Session
 
-CHECK_TOKENS = 2048
+CHECK_TOKENS = 6144
+"""In chunks of a third, the last of which sees closed tokens in blocks, as long texts are read."""
 CHECK_LAYERS = 2
 """Of the model checked: a stack of random layers multiplies what bf16 rounds away until nothing else is seen; over 32
 of them two dense implementations differ by 90% under peaked attention."""

@@ -37,6 +37,8 @@ HitRate = float | None
 NUM_COMPARED = 2
 """Steps whose logits are compared with the reference's before anything is timed; the second one has hits."""
 
+GENERATION = "generation"
+"""The variant that users get: the decode loop around the recorded step."""
 _MARGIN_BYTES = 1 << 30
 """Left free on the device: activations, workspaces, fragments."""
 
@@ -285,8 +287,9 @@ class Rows:
                     after=put_holdings,
                     slow=variant == "eager",
                 )
-                if variant == "graph, fused" and shown and row["status"] == "ok":
-                    self._loops(facts | {"hit_rate_asked": hit_rate}, fork)
+                if variant == "graph, fused" and row["status"] == "ok":
+                    ways = {GENERATION: True, **({f"{GENERATION}, step by step": False} if shown else {})}
+                    self._generations(facts | {"hit_rate_asked": hit_rate}, ways, fork)
                 if (
                     profiles is not None
                     and hit_rate == self._typical_hit_rate()
@@ -297,11 +300,11 @@ class Rows:
                     profiles.append((row, functools.partial(self._profile, step, running, schedule, hit_rate)))
         report.free(self._machine.device)
 
-    def _loops(self, facts: dict[str, Any], fork: Callable[[], list[Session]]) -> None:
-        """Generation itself, step by step and running ahead: both must draw the same tokens."""
+    def _generations(self, facts: dict[str, Any], ways: dict[str, bool], fork: Callable[[], list[Session]]) -> None:
+        """Generation itself, running ahead or not as `ways` says of each variant; all must draw the same tokens."""
         settings, model = self._settings, self._machine.model
         drawn: list[list[list[int]]] = []
-        for variant, ahead in (("decode loop", False), ("decode loop, ahead", True)):
+        for variant, ahead in ways.items():
             row = self._row(variant, **facts)
             running = fork()
             stepper = make_stepper(model, running[0], self._machine.layers, run_ahead=ahead)

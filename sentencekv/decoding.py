@@ -102,12 +102,10 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
     Where the stepper runs ahead, the next step starts while the host still has to see what was drawn for it; if that
     ends a sequence, its part of the step is given up.
     """
-    logits_BV = first_logits_BV
     active = list(range(len(decodings)))
-    on_host: _HostCopy | None = None
+    drawn_B3 = draw_together([decodings[i].sampler for i in active], first_logits_BV)
+    on_host = _HostCopy(drawn_B3)
     while active:
-        drawn_B3 = draw_together([decodings[i].sampler for i in active], logits_BV)
-        on_host = on_host or _HostCopy(drawn_B3)
         on_host.start(drawn_B3)
         ahead: list[int] = []
         if stepper.runs_ahead:
@@ -117,6 +115,8 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
                 tokens_B = drawn_B3[:, 0].long()
                 tokens_B = tokens_B if len(rows) == len(active) else tokens_B[rows]
                 logits_BV = stepper.launch([decodings[i].session for i in ahead], tokens_B)
+                # Drawn before anyone else may use the stepper, whose next step overwrites these logits.
+                drawn_B3 = draw_together([decodings[i].sampler for i in ahead], logits_BV)
         open_passes = set(ahead)
         try:
             for i, drawn in zip(active, on_host.wait(), strict=True):
@@ -131,14 +131,18 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
             # Also if nobody asks for more text, or a token cannot be drawn.
             for i in open_passes:
                 decodings[i].session.cancel()
+            if open_passes and drawn_B3.is_cuda:
+                # The step may still read host memory that its session is about to give back.
+                torch.cuda.current_stream(drawn_B3.device).synchronize()
         if ahead:
             for i in active:
                 decodings[i].session.end()
             if active != ahead:
-                logits_BV = logits_BV[[ahead.index(i) for i in active]]
+                drawn_B3 = drawn_B3[[ahead.index(i) for i in active]]
         elif active:
             sessions = [decodings[i].session for i in active]
             logits_BV = stepper.step(sessions, [decodings[i].token_ids[-1] for i in active])
+            drawn_B3 = draw_together([decodings[i].sampler for i in active], logits_BV)
 
 
 class _HostCopy:

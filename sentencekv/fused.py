@@ -54,8 +54,10 @@ class _Norm:
     eps: float
     offset: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """What the module returns for rows of any shape."""
+    def __call__(self, x: Tensor, *more: Any, **keywords: Any) -> Any:
+        """What the module returns for rows of any shape; if it is given more than rows, its own forward sees to it."""
+        if more or keywords:
+            return type(self.module).forward(self.module, x, *more, **keywords)
         return rms_norm(x.reshape(-1, x.shape[-1]), self.module.weight, eps=self.eps, offset=self.offset).view(x.shape)
 
 
@@ -223,6 +225,23 @@ class _FusedLayer:
                 if not agrees:
                     raise _UnfitError("it computes something else than the parts it has suggest")
 
+    def still_fits(self, layer: Any, force: bool) -> bool:
+        """Whether the layer has the parts that were looked at, and nobody listens in on them; cheap."""
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        if [layer.self_attn, layer.mlp, *norms] != [
+            self.attention,
+            self.mlp,
+            self.input_norm.module,
+            self.mlp_norm.module,
+        ]:
+            return False
+        try:
+            _check_parts(layer)
+            _check_weights(self, force)
+        except _UnfitError:
+            return False
+        return True
+
     def _learn(self, watched: _FixedAttention) -> None:
         self.layer_number, self.scale, self.sliding_window, softcap, self.num_kv_heads, self.head_dim = watched.calls[0]
         if softcap is not None:
@@ -260,10 +279,13 @@ class FusedLayers:
         """Name of each layer that looks like a decoder layer but is not fused, and why."""
         self._fused: list[tuple[nn.Module, _FusedLayer]] = []
         self._norms: list[tuple[nn.Module, _Norm]] = []
+        self._force = force
         self._num_active = 0
         found = {}
+        layers: list[nn.Module] = []
         for name, module in model.named_modules():
             if isinstance(getattr(module, "self_attn", None), nn.Module):
+                layers.append(module)
                 try:
                     found[name] = (module, _FusedLayer(module))
                     _check_weights(found[name][1], force)
@@ -282,7 +304,7 @@ class FusedLayers:
                     except _UnfitError as reason:
                         self.left_alone[name] = str(reason)
         if self._fused:
-            self._norms = _norms_outside(model, [module for module, _ in found.values()], self._fused[0][1])
+            self._norms = _norms_outside(model, layers, self._fused[0][1])
 
     @property
     def num_fused(self) -> int:
@@ -293,23 +315,31 @@ class FusedLayers:
     def active(self) -> Iterator[None]:
         """Inside, the layers' `forward` is the fused one wherever they are called with a session, that of norms always.
 
-        May be entered again inside itself. CUDA graphs captured inside stay valid outside.
+        Layers that were hooked or whose parts were replaced since they were looked at are left alone. May be entered
+        again inside itself. CUDA graphs captured inside stay valid outside.
         """
         self._num_active += 1
-        if self._num_active == 1:
-            for module, ours in self._replaced:
-                module.forward = ours
+        replaced: list[Any] = []
         try:
+            if self._num_active == 1:
+                for module, ours in self._replacements:
+                    if self._is_as_it_was(module, ours):
+                        replaced.append(module)
+                        module.forward = ours  # type: ignore[assignment]
             yield
         finally:
             self._num_active -= 1
-            if self._num_active == 0:
-                for module, _ in self._replaced:
-                    del module.forward
+            for module in replaced:
+                del module.forward
 
     @property
-    def _replaced(self) -> list[tuple[Any, Callable[..., Any]]]:
+    def _replacements(self) -> list[tuple[nn.Module, _FusedLayer | _Norm]]:
         return [*self._fused, *self._norms]
+
+    def _is_as_it_was(self, module: nn.Module, ours: _FusedLayer | _Norm) -> bool:
+        if isinstance(ours, _Norm):
+            return not _is_hooked(module)
+        return ours.still_fits(module, self._force)
 
 
 def _products(x_LI: Tensor, *layers: nn.Linear) -> Tensor:
@@ -383,7 +413,9 @@ def _norm_of(module: Any) -> _Norm:
     weight = module.weight
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        x = torch.randn(3, weight.shape[0], generator=generator) * torch.tensor([eps**0.5, 1.0, 30.0])[:, None]
+        # Not around zero, lest a norm that takes the mean off looks the same.
+        x = torch.randn(3, weight.shape[0], generator=generator) + 1
+        x *= torch.tensor([eps**0.5, 1.0, 30.0])[:, None]
         x = x.to(weight.device, weight.dtype)
         want = module(x)
         for offset in (0.0, 1.0):

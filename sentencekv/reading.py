@@ -60,4 +60,6 @@ def read(
                 last_logits[i] = logits[row]
         if progress is not None:
             progress(sum(done), total)
+    for session in sessions:
+        session.end_reading()
     return torch.stack([last_logits[i] for i in range(len(prompts))])

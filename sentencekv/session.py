@@ -197,6 +197,11 @@ class Session:
             if self._lane is None:
                 self._places = Places(self._extents, self.device)
 
+    def end_reading(self) -> None:
+        """All tokens that were expected are here."""
+        if self._own is not None:
+            self._own.expect_nothing()
+
     def cancel(self) -> None:
         """Give up the sparse pass under way: its token is not part of the context. What it fetched stays."""
         assert self._pass is not None

@@ -343,10 +343,13 @@ class Extent:
         if len(self._writes) > _WRITES_AHEAD:
             self._writes.popleft().synchronize()
 
-    def flush(self) -> None:
-        """Wait until all rows written so far are in host memory; what more was expected is not."""
+    def expect_nothing(self) -> None:
+        """Give up what was got ready for more tokens."""
         self._next_capacity = 0
         self._spares.clear()
+
+    def flush(self) -> None:
+        """Wait until all rows written so far are in host memory."""
         if self._copy_stream is not None:
             self._copy_stream.synchronize()
 

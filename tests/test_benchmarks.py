@@ -22,7 +22,7 @@ from sentencekv.session import Session
 
 CPU = torch.device("cpu")
 
-_AT_ALL_CONTEXTS = ("transformers", "full, resident, graph", "graph, fused")
+_AT_ALL_CONTEXTS = ("transformers", "full, resident, graph", "graph, fused", "generation")
 
 SMALL: dict[str, Any] = {
     "shape": "tiny",
@@ -41,7 +41,6 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "seed": 0,
-    "generate": 0,
     "profile": False,
     "source_commit": "abc",
     "save": None,
@@ -75,7 +74,7 @@ def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[s
         assert done["relative_error"] < 1e-5 < done["control_relative_error"]
 
     found = {(decode.label(row), row["context_tokens"], row["batch"]): row for row in result["rows"]}
-    assert len(found) == len(result["rows"]) == 2 * (4 + 2 * 2 * 3) + 2 + 2 * 2
+    assert len(found) == len(result["rows"]) == 2 * (4 + 2 * 2 * 3 * 2) + 2 + 2
     skipped = {label: row["status"] for (label, _, _), row in found.items() if row["status"] != "ok"}
     assert skipped == {
         "transformers, offloaded": "skipped: offloading needs a GPU",
@@ -89,7 +88,7 @@ def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[s
             assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["tpot_ms_median"] * 1e3)
             assert row["kv_gpu_bytes"] > 0
             assert row["relative_error"] is None or row["relative_error"] < 1e-5
-            unchecked = ("transformers", "decode loop", "decode loop, ahead")
+            unchecked = ("transformers", "generation", "generation, step by step")
             assert (row["relative_error"] is None) == (row["variant"] in unchecked)
             assert ("times_shortest" in row) == (row["variant"] in _AT_ALL_CONTEXTS)
     one, three = (found["moments 256, hit 0.85, graph, fused", 900, batch] for batch in (1, 3))
@@ -116,8 +115,8 @@ def test_fewer_bits_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
     for kv_dtype in ("auto", "int8"):
         decode.main(**{**SMALL, "kv_dtype": kv_dtype, "hit_rates": "0", "baselines": False})
         lines = capsys.readouterr().out.splitlines()
-        (row,) = json.loads(lines[-1])["rows"]
-        assert row["status"] == "ok"
+        row, generation = json.loads(lines[-1])["rows"]
+        assert (row["status"], generation["status"]) == ("ok", "ok")
         assert ("KV in host memory is in int8." in lines) == (kv_dtype == "int8")
         found[kv_dtype] = row
     moved = found["int8"]["fetched_bytes_per_token"] / found["auto"]["fetched_bytes_per_token"]
@@ -366,7 +365,7 @@ def test_prefill_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[
             assert row["kv_host_bytes"] > (row["context_tokens"] - 200) * 2 * 2 * 2 * 16 * 4
     check = result["check"]
     assert check["relative_error"] < 1e-5 < 2 * check["tolerance"] < check["control_relative_error"]
-    assert lines[0].startswith("check at 2048 tokens, 2 layers: ")
+    assert lines[0].startswith("check at 6144 tokens, 2 layers: ")
     assert lines[2].startswith("| read by")
 
 

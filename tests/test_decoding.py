@@ -1,5 +1,6 @@
 """The decode loop with and without running ahead: the same texts, and sessions that go on from the same state."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -175,6 +176,54 @@ def test_broken_logits_end_it(tokenizer: PreTrainedTokenizerFast) -> None:
     assert session.num_tokens == 50
     forward(model, [[3]], [session], exact=False)
     assert session.num_tokens == 51
+
+
+class ReplayingStepper(Stepper):
+    """Gives its logits where the last ones were, as a recorded graph does."""
+
+    _logits: torch.Tensor | None = None
+
+    def launch(self, sessions: Any, given: Any) -> torch.Tensor:
+        logits = super().launch(sessions, given)
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
+        return self._logits.copy_(logits)
+
+
+@pytest.mark.parametrize("run_ahead", [True, False])
+def test_streams_in_turn_are_streams_one_by_one(
+    run_ahead: bool, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> None:
+    """Two that share a stepper: what one has computed and not yet drawn from, the other must not overwrite."""
+    model = make_model("llama").to(device)
+
+    def start(stepper: Stepper, n: int) -> tuple[Decoding, Any]:
+        session = reading_session(model, n, policy="moments", seed=n)
+        logits = forward(model, [[5]], [session], exact=True)
+        options = SamplingOptions(max_new_tokens=30, temperature=1.0, seed=n)
+        decoding = Decoding(session, [], tokenizer, options, ())
+        return decoding, decode(stepper, [decoding], logits)
+
+    def make_stepper() -> Stepper:
+        return ReplayingStepper(model, policies.load("moments"), run_ahead=run_ahead)
+
+    alone = []
+    for n in (300, 160):
+        decoding, stream = start(make_stepper(), n)
+        list(stream)
+        alone.append(decoding.token_ids)
+    shared = make_stepper()
+    started = [start(shared, n) for n in (300, 160)]
+    for _ in itertools.zip_longest(*(stream for _, stream in started)):
+        pass
+    assert [decoding.token_ids for decoding, _ in started] == alone
+
+
+def test_who_runs_ahead(device: torch.device) -> None:
+    """By default where steps are replayed graphs: elsewhere the host would wait for the step it has launched."""
+    model = make_model("llama").to(device)
+    assert Stepper(model, policies.load("moments")).runs_ahead == (device.type == "cuda")
+    assert not Stepper(model, policies.load("moments"), run_ahead=False).runs_ahead
 
 
 def test_policies_that_read_everything_do_not_run_ahead() -> None:

@@ -242,6 +242,96 @@ def test_the_model_is_unchanged_outside(device: torch.device) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("change", ["hook", "adapter", "new part", "own forward", "hooked norm"])
+def test_what_changed_since_is_left_alone(change: str, device: torch.device) -> None:
+    """Between two passes somebody hooks a layer or replaces a part of it; what they did is not undone, either."""
+    model = make("llama", device)
+    fused = FusedLayers(model, force=True)
+    layer = model.model.layers[1]
+    called: list[str] = []
+    if change == "hook":
+        layer.self_attn.q_proj.register_forward_hook(lambda *_: called.append("hook"))
+    elif change == "adapter":
+
+        class Doubled(nn.Module):
+            def __init__(self, base: nn.Linear) -> None:
+                super().__init__()
+                self.base, self.weight, self.bias = base, base.weight, base.bias
+
+            def forward(self, x: Tensor) -> Tensor:
+                called.append("adapter")
+                return 2 * self.base(x)
+
+        layer.mlp.down_proj = Doubled(layer.mlp.down_proj)
+    elif change == "new part":
+        layer.mlp = type(layer.mlp)(model.config).to(device)
+        called.append("nobody asks")
+    elif change == "own forward":
+        own = layer.forward
+
+        def patched(*arguments: Any, **keywords: Any) -> Any:
+            called.append("forward")
+            return own(*arguments, **keywords)
+
+        layer.forward = patched
+    else:
+        model.model.norm.register_forward_hook(lambda *_: called.append("norm"))
+    with fused.active():
+        assert isinstance(vars(layer).get("forward"), type(model.model.layers[0].forward)) == (change == "hooked norm")
+        assert "forward" in vars(model.model.layers[0])
+    compare(model, fused)
+    assert called
+    assert ("forward" in vars(layer)) == (change == "own forward")
+
+
+def test_two_of_one_model(device: torch.device) -> None:
+    """The inner one leaves alone what the outer one has taken, and gives nothing back that it did not take."""
+    model = make("llama", device)
+    outer, inner = (FusedLayers(model, force=True) for _ in range(2))
+    with outer.active():
+        taken = [vars(module).get("forward") for module in model.modules()]
+        with inner.active():
+            assert [vars(module).get("forward") for module in model.modules()] == taken
+        assert [vars(module).get("forward") for module in model.modules()] == taken
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_norm_of_another_kind_is_left_alone(dtype: torch.dtype, device: torch.device) -> None:
+    model = make("llama", device, dtype)
+    size = model.config.hidden_size
+    model.model.norm = nn.LayerNorm(size, bias=False, device=device, dtype=dtype)
+    fused = FusedLayers(model, force=True)
+    with fused.active():
+        assert "forward" not in vars(model.model.norm)
+        assert "forward" in vars(model.model.layers[0])
+
+
+def test_norms_of_layers_that_are_left_alone_are_left_alone(device: torch.device) -> None:
+    model = make("qwen3", device)
+    hook_handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    fused = FusedLayers(model, force=True)
+    hook_handle.remove()
+    with fused.active():
+        replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert replaced == ["model.layers.0", "model.layers.2", "model.norm"]
+
+
+def test_a_norm_that_is_given_more_than_rows(device: torch.device) -> None:
+    model = make("llama", device)
+
+    class Gated(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+            normed = super().forward(hidden_states)
+            return normed if gate is None else normed * gate
+
+    model.model.norm.__class__ = Gated
+    x = torch.randn(2, model.config.hidden_size, device=device)
+    with FusedLayers(model, force=True).active(), torch.inference_mode():
+        assert "forward" in vars(model.model.norm)
+        torch.testing.assert_close(model.model.norm(x, gate=x), model.model.norm(x) * x)
+
+
 def test_nothing_is_fused_on_a_cpu_unasked() -> None:
     fused = FusedLayers(make("llama", torch.device("cpu")))
     assert fused.num_fused == 0

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sentencekv import Generation, LongContextLM, UnsupportedModelError, policies
+from sentencekv import Generation, LongContextLM, UnsupportedModelError, fused, policies
+from sentencekv.fused import FusedLayers
 from tests.conftest import make_model
 
 SMALL = {
@@ -81,6 +82,26 @@ def test_logprobs_match_loglikelihood(lm: LongContextLM, prose: str) -> None:
         assert scored.is_greedy
         assert scored.num_tokens == 6
         assert scored.value == pytest.approx(sum(out.logprobs), abs=1e-3)
+
+
+def test_reading_and_scoring_run_fused_layers(
+    tokenizer: PreTrainedTokenizerFast, prose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the model, which other configurations share; asked for here, as on a GPU they are by themselves."""
+    lm = LongContextLM.from_model(make_model("llama"), tokenizer, policy="full", **SMALL)
+    want = lm.generate(prose[:700], max_new_tokens=8).text, lm.loglikelihood(prose[:300], prose[300:350]).value
+    assert lm._engine.layers.num_fused == 0
+    lm._engine.layers = FusedLayers(lm.model, force=True)
+    runs: list[int] = []
+    run = fused._FusedLayer.run
+    monkeypatch.setattr(fused._FusedLayer, "run", lambda *given: runs.append(len(given[1])) or run(*given))
+    for engine in (lm, lm.with_config(window_tokens=20)):
+        assert engine.generate(prose[:700], max_new_tokens=8).text == want[0]
+        assert sum(runs) == 3 * len(lm.tokenizer(prose[:700]).input_ids)
+        runs.clear()
+        assert engine.loglikelihood(prose[:300], prose[300:350]).value == pytest.approx(want[1], rel=1e-4)
+        assert sum(runs) > 3 * len(lm.tokenizer(prose[:300]).input_ids)
+        runs.clear()
 
 
 def test_loglikelihood_equals_dense(lm: LongContextLM, prose: str) -> None:

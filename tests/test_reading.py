@@ -14,6 +14,10 @@ class FakeSession:
     """Takes note of what is expected of it."""
 
     num_tokens = 7
+    has_ended = False
+
+    def end_reading(self) -> None:
+        self.has_ended = True
 
     def expect(self, ends: list[int]) -> None:
         self.ends = ends
@@ -64,3 +68,4 @@ def test_first_chunks_are_the_short_ones(
     assert progress[-1] == (sum(lengths), sum(lengths))
     assert progress == sorted(progress)
     assert len(progress) == len(passes)
+    assert all(session.has_ended for session in all_sessions)

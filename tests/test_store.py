@@ -79,9 +79,24 @@ def test_reading_that_ends_early_gives_spare_slabs_back(monkeypatch: pytest.Monk
     extent.write(0, extent.place(0, [20], 3000), torch.randn(2, 20, 2, 8))
     memory.wait()
     assert memory.in_use_bytes > extent.host_bytes
-    extent.flush()
+    extent.expect_nothing()
+    extent.write(0, extent.place(20, [20], 2980), torch.randn(2, 20, 2, 8))
     gc.collect()
     assert memory.in_use_bytes == extent.host_bytes
+
+
+@pytest.mark.gpu
+def test_the_host_is_not_far_ahead_of_its_writes() -> None:
+    """What is on its way holds device memory."""
+    extent = Extent(HostMemory(None, pinned=True), torch.device("cuda"))
+    runs = extent.place(0, [32] * 64)
+    held = []
+    for layer in range(12):
+        extent.write(layer, runs, torch.randn(8, 2048, 2, 128, device="cuda"))
+        held.append(torch.cuda.memory_allocated())
+        assert len(extent._writes) <= store._WRITES_AHEAD
+    extent.flush()
+    assert max(held) - held[0] <= (store._WRITES_AHEAD + 2) * 8 * 2048 * 2 * 128 * 4
 
 
 def test_places_without_sentences(device: torch.device) -> None:
