@@ -262,6 +262,34 @@ def table(rows: list[dict[str, Any]], weight_bytes: int) -> str:
     return report.markdown_table(header, cells)
 
 
+def text_of(result: dict[str, Any]) -> str:
+    """The whole report for people."""
+    checked = result["check"]
+    lines = [
+        f"{result['shape']}, {result['dtype']}, policy {result['policy']}, host memory in {result['kv_dtype']}, "
+        f"chunks of {result['chunk_tokens']:,} tokens, {result['hardware'].get('gpu', 'CPU')}, "
+        f"{result['matrix_operations_per_second'] / 1e12:,.0f} TFLOP/s on large products; commit {result['commit']}, "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version),
+        text_of_check(checked),
+        "",
+        table(result["rows"], result["weight_bytes"]),
+    ]
+    if "profile" in result:
+        longest = max(row["context_tokens"] for row in result["rows"])
+        lines += ["", f"Reading {longest:,} tokens: {text_of_reading(result['profile'])}"]
+    return "\n".join(lines)
+
+
+def text_of_check(checked: dict[str, Any]) -> str:
+    return (
+        f"check at {checked['tokens']} tokens, {checked['layers']} layers: "
+        f"reading in chunks is within {checked['relative_error']:.2g} of dense "
+        f"(limit {checked['tolerance']:.2g}; dense with eager attention is within "
+        f"{checked['rounding_relative_error']:.2g}), "
+        f"without the first third {checked['control_relative_error']:.2g}"
+    )
+
+
 def main(
     shape: Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")] = "llama-8b",
     contexts: Annotated[str, typer.Option(help="Tokens of prompt, separated by commas.")] = "32768,131072",
@@ -299,14 +327,7 @@ def main(
     memory = HostMemory(None, pinned=where.type == "cuda")
     rate = matrix_rate(where, precision)
     checked = check(shape, where, precision, memory, seed)
-    text_of_check = (
-        f"check at {checked['tokens']} tokens, {checked['layers']} layers: "
-        f"reading in chunks is within {checked['relative_error']:.2g} of dense "
-        f"(limit {checked['tolerance']:.2g}; dense with eager attention is within "
-        f"{checked['rounding_relative_error']:.2g}), "
-        f"without the first third {checked['control_relative_error']:.2g}"
-    )
-    report.say(f"{text_of_check}; {rate / 1e12:.1f} TFLOP/s on large products")
+    report.say(f"{text_of_check(checked)}; {rate / 1e12:.1f} TFLOP/s on large products")
     if not checked["passed"]:
         report.say("not timed: the check failed")
         raise typer.Exit(1)
@@ -343,11 +364,10 @@ def main(
         "versions": report.versions(),
         "rows": rows,
     }
-    text = f"{text_of_check}\n\n{table(rows, weight_bytes)}"
     if profile:
         report.say(f"profiling a reading of {length:,} tokens")
         result["profile"] = profile_reading(lambda: ours(prompt), where, model.config.num_hidden_layers)
-        text += f"\n\n{text_of_reading(result['profile'])}"
+    text = text_of(result)
     print(text)
     if save is not None:
         report.save(save, result, text)

@@ -365,8 +365,10 @@ def test_prefill_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[
             assert row["kv_host_bytes"] > (row["context_tokens"] - 200) * 2 * 2 * 2 * 16 * 4
     check = result["check"]
     assert check["relative_error"] < 1e-5 < 2 * check["tolerance"] < check["control_relative_error"]
-    assert lines[0].startswith("check at 6144 tokens, 2 layers: ")
-    assert lines[2].startswith("| read by")
+    assert lines[0].startswith("tiny, float32, policy moments, ")
+    assert lines[1].startswith("check at 6144 tokens, 2 layers: ")
+    assert lines[3].startswith("| read by")
+    assert (tmp_path / "prefill.md").read_text().splitlines() == lines[:-1]
 
 
 def test_prefill_goes_on_from_what_it_read(capsys: pytest.CaptureFixture[str]) -> None:
