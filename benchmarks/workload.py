@@ -18,7 +18,6 @@ from sentencekv.config import Config
 from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy, load
 from sentencekv.session import Session
-from sentencekv.store import Extent, Places
 
 _LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5}
 _SMALL = {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}
@@ -270,29 +269,9 @@ def twin(session: Session, policy: Policy | None = None) -> Session:
     """A session over the same context and the same host memory, with summaries of its own.
 
     Filling host memory takes most of a benchmark's time, and pinned memory is scarce: so a context is filled once, for
-    all policies and all sequences of a batch. Reaches into sessions and extents, which have no use for this themselves.
+    all policies and all sequences of a batch.
 
     Args:
-        policy: whose summaries; None: copies of the session's own.
+        policy: whose summaries; None: the session's own, made anew.
     """
-    made = session.fork()
-    made.policy = policy or session.policy
-    made._extents = []
-    for extent in session._extents:
-        own = Extent(extent.memory, extent.device, extent.slabs, extent.place_of)
-        made._extents.append(own)
-        places = Places([own], extent.device)
-        for layer in extent.slabs[0].layers:
-            if policy is None:
-                tables = extent.summaries(layer)
-            else:
-                layout = extent.slabs[0].layout(layer)
-                shape = (layout.num_heads, places.num_tokens, 2, layout.head_dim)
-                kv_NTH = torch.empty(shape, dtype=layout.dtype, device=extent.device)
-                places.read(layer, kv_NTH)
-                tables = tuple(
-                    made._summarize(kv_NTH[:, :, 0].transpose(0, 1), made._offsets(places.length_of.tolist()))
-                )
-            own.add_summaries(layer, tables)
-    made._places = Places(made._extents, session.device)
-    return made
+    return session.under(session.config, policy or session.policy)

@@ -180,6 +180,18 @@ class Document:
         contents = self._open()
         return Document(self._engine, contents._replace(session=contents.session.fork()), self.seconds_to_read)
 
+    def under(self, engine: Engine) -> Document:
+        """See `LongContextLM.adopt`."""
+        contents = self._open()
+        if engine.model is not self._engine.model or engine.memory is not self._engine.memory:
+            raise ValueError(
+                "the document was read by another LongContextLM; adopt it with one that its own made: "
+                "lm.with_config(...).adopt(document), with the same bound of host memory"
+            )
+        started_at = time.perf_counter()
+        session = engine.adopt(contents.session)
+        return Document(engine, contents._replace(session=session), time.perf_counter() - started_at)
+
     def save(self, path: str | os.PathLike[str], *, progress: Written | None = None) -> int:
         """Write the document to a file, from which `LongContextLM.open` takes it up without reading it again.
 

@@ -29,6 +29,8 @@ from sentencekv.saved import Owner
 from sentencekv.session import Session
 from sentencekv.store import Layout, host_slabs
 
+SHAPING = ("sink_tokens", "window_tokens", "max_sentence_tokens", "min_sentence_tokens", "splitter", "kv_dtype")
+"""Settings that shape the sentences and the KV of what is read."""
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}
 """Default `prefill_chunk_tokens`: large enough to fill a GPU; on a CPU small, for steady progress."""
 
@@ -128,6 +130,18 @@ class Engine:
         for decoding, prompt in zip(decodings, prompts, strict=True):
             sources = find_sources(decoding, prompt, 0)
             results.append(finish(decoding, sources, context_tokens=len(prompt.token_ids), started_at=started_at))
+
+    def adopt(self, base: Session) -> Session:
+        """A fork of another configuration's session of the same model and memory, under this one.
+
+        Raises ValueError naming a setting that shaped what the session holds and differs here.
+        """
+        for name in SHAPING:
+            theirs, ours = getattr(base.config, name), getattr(self.config, name)
+            if theirs != ours:
+                raise ValueError(f"the document was read with {name}={theirs!r}, and this is {ours!r}: read it again")
+        with base.using_host_memory():
+            return base.under(self.config, self.policy)
 
     def append(
         self, base: Session, context: Prompt, appended: Prompt, progress: Progress | None, new_tokens: int = 0

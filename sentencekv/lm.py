@@ -217,6 +217,18 @@ class LongContextLM:
         ]
         return documents[0] if single else documents
 
+    def adopt(self, document: Document) -> Document:
+        """The same document under this configuration's policy and budget, without reading it again.
+
+        KV in host memory is shared, summaries are made anew; either can be closed without the other.
+
+            other = lm.with_config(policy="mean", budget_tokens=256).adopt(document)
+
+        Raises ValueError: the document is closed, is of another model or another memory, or its configuration differs
+        in what shaped its sentences and their KV.
+        """
+        return document.under(self._engine)
+
     def open(self, path: str | os.PathLike[str]) -> Document:
         """Take up a document that `Document.save` wrote, without reading it again; its answers are the same.
 

@@ -304,6 +304,15 @@ class Session:
         """A session that goes on from here by itself; KV and summaries so far are shared, not copied."""
         return Session.from_state(self.config, self.policy, self.memory, self.device, self.state())
 
+    def under(self, config: Config, policy: Policy) -> Session:
+        """A fork under another policy: KV is shared, summaries are made anew. What shaped sentences, sink, window and
+        the format of rows must be the same in both configurations."""
+        state = self.state()
+        made = Session(config, policy, self.memory, self.device, state.row_bytes)
+        summarize = made._summarize if policy.reads == "selected" else None
+        extents = [extent.summarized_by(summarize) for extent in state.extents]
+        return Session.from_state(config, policy, self.memory, self.device, dataclasses.replace(state, extents=extents))
+
     def join_extents(self) -> None:
         """Make few extents of many: each has at most half as many sentences as the one before it.
 

@@ -171,6 +171,11 @@ class Slab:
         return sorted(self._rows_of_layer)
 
     @property
+    def known_layers(self) -> list[int]:
+        """Layers that have rows, in host memory or in a file."""
+        return sorted(self._layout_of_layer)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of host memory held."""
         return sum(rows.nbytes for rows in self._rows_of_layer.values())
@@ -243,6 +248,24 @@ class Extent:
         if held >= 2 * max(used, _SMALL_SLAB_TOKENS) and all(slab.is_loaded for slab in slabs):
             whole._pack()
         return whole
+
+    def summarized_by(self, summarize: Callable[[Tensor, Tensor], Sequence[Tensor]] | None) -> Extent:
+        """The same rows, shared, under other summaries; those in files come to host memory.
+
+        `summarize`: keys `[T, N, H]` on the device and CSR offsets `[S + 1]` to the tables of one layer; None: none.
+        """
+        made = Extent(self.memory, self.device, self.slabs, self.place_of, row_bytes=self.row_bytes)
+        if summarize is None:
+            return made
+        places = Places([self], self.device)
+        offsets = to_device([0, *self.place_of[:, 1].cumsum(0).tolist()], self.device)
+        for layer in self.slabs[0].known_layers if self.slabs else ():
+            layout = self.slabs[0].layout(layer)
+            shape = (layout.num_heads, self.num_tokens, 2, layout.head_dim)
+            kv_NTH = torch.empty(shape, dtype=layout.dtype, device=self.device)
+            places.read(layer, kv_NTH)
+            made.add_summaries(layer, summarize(kv_NTH[:, :, 0].transpose(0, 1), offsets))
+        return made
 
     def _pack(self) -> None:
         """Copy all rows to as few slabs as hold them."""

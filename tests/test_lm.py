@@ -104,6 +104,40 @@ def test_reading_and_scoring_run_fused_layers(
         runs.clear()
 
 
+@pytest.mark.parametrize("policy", ["mean", "codes", "window", "full"])
+def test_adopting_is_reading_again(lm: LongContextLM, prose: str, policy: str) -> None:
+    """Under another policy and budget; KV is shared, and stays when the first document is closed."""
+    text, question = prose[:4000], "What is it about?"
+    other = lm.with_config(policy=policy, policy_options={}, budget_tokens=160)
+    with lm.read(text) as document, other.read(text) as again:
+        held = lm.host_bytes_in_use
+        adopted = other.adopt(document)
+        assert lm.host_bytes_in_use == held
+        wanted = again.ask(question, max_new_tokens=12, logprobs=True)
+        first = adopted.ask(question, max_new_tokens=12, logprobs=True)
+    for generation in (first, adopted.ask(question, max_new_tokens=12, logprobs=True)):
+        assert generation.text == wanted.text
+        assert generation.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+        # But for the room in which tables grow.
+        assert generation.stats.kv_gpu_bytes == pytest.approx(wanted.stats.kv_gpu_bytes, rel=0.1)
+    adopted.close()
+
+
+def test_what_cannot_be_adopted(lm: LongContextLM, tokenizer: PreTrainedTokenizerFast, prose: str) -> None:
+    document = lm.read(prose[:900])
+    for changes in ({"sink_tokens": 3}, {"max_sentence_tokens": 6}, {"kv_dtype": "int8"}):
+        (name,) = changes
+        with pytest.raises(ValueError, match=f"was read with {name}=.*read it again"):
+            lm.with_config(**changes).adopt(document)
+    with pytest.raises(ValueError, match="another LongContextLM"):
+        LongContextLM.from_model(lm.model, tokenizer, **SMALL).adopt(document)
+    with pytest.raises(ValueError, match="another LongContextLM"):
+        lm.with_config(host_memory_bytes=1 << 30).adopt(document)
+    document.close()
+    with pytest.raises(ValueError, match="closed"):
+        lm.adopt(document)
+
+
 def test_loglikelihood_equals_dense(lm: LongContextLM, prose: str) -> None:
     context, continuation = prose[:600], prose[600:650]
     ids = lm.tokenizer(context + continuation, return_tensors="pt").input_ids
