@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 
 from sentencekv.config import Config
 from sentencekv.memory import HostMemory
-from sentencekv.policies import Policy, load
+from sentencekv.policies import Policy, load, parse
 from sentencekv.session import Session
+from sentencekv.store import Places
 
 _LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5}
 _SMALL = {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}
@@ -239,14 +240,10 @@ def config_of(policy: str, budget_tokens: int, kv_dtype: str = "auto") -> Config
 
     Raises ValueError, with what is known, on an unknown policy, option or `kv_dtype`, or a budget that is too small.
     """
-    name, *options = policy.split(":")
-    pairs = [option.partition("=") for option in options]
-    bad = [option for option, (_, _, number) in zip(options, pairs, strict=True) if not number.isdecimal()]
-    if bad:
-        raise ValueError(f"options of a policy are written option=number, got {bad[0]!r} in {policy!r}")
+    name, options = parse(policy)
     return Config(
         policy=name,
-        policy_options={key: int(number) for key, _, number in pairs},
+        policy_options=options,
         budget_tokens=budget_tokens,
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
     )
@@ -269,9 +266,13 @@ def twin(session: Session, policy: Policy | None = None) -> Session:
     """A session over the same context and the same host memory, with summaries of its own.
 
     Filling host memory takes most of a benchmark's time, and pinned memory is scarce: so a context is filled once, for
-    all policies and all sequences of a batch.
+    all policies and all sequences of a batch. Reaches into sessions, which share summaries wherever they can.
 
     Args:
         policy: whose summaries; None: the session's own, made anew.
     """
-    return session.under(session.config, policy or session.policy)
+    made = session.fork()
+    made.policy = policy or session.policy
+    made._extents = [extent.summarized_by(made._summarize) for extent in made._extents]
+    made._places = Places(made._extents, session.device)
+    return made

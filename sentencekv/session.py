@@ -310,7 +310,9 @@ class Session:
         state = self.state()
         made = Session(config, policy, self.memory, self.device, state.row_bytes)
         summarize = made._summarize if policy.reads == "selected" else None
-        extents = [extent.summarized_by(summarize) for extent in state.extents]
+        extents = state.extents
+        if policy != self.policy:
+            extents = [extent.summarized_by(summarize) for extent in extents]
         return Session.from_state(config, policy, self.memory, self.device, dataclasses.replace(state, extents=extents))
 
     def join_extents(self) -> None:
@@ -383,6 +385,12 @@ class Session:
         kv_NTH[:, stop : stop + parts[1].shape[1]] = parts[1]
         kv_NTH[:, stop + parts[1].shape[1] :] = new_NLH
         return kv_NTH
+
+    def kv(self, layer: int) -> Tensor:
+        """Keys and values of all tokens of a layer without a sliding window, in order, on the device: a copy,
+        `[N, T, 2, H]`. For studies; attention does not need it."""
+        self._leave_lane()
+        return self._everything(layer, _no_tokens(self._recent[layer]))
 
     def append_context(self, layer: int, kv_NLH: Tensor) -> None:
         """Append KV `[N, L, 2, H]` that the pass's new tokens already have, without attention: `attend`'s other half.

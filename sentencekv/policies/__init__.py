@@ -98,3 +98,16 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r} of policy {name!r}; it has: {', '.join(known) or 'none'}")
     return cls(**(options or {}))
+
+
+def parse(text: str) -> tuple[str, dict[str, int]]:
+    """Name and options of a policy written as `name` or `name:option=number:option=number`.
+
+    Raises ValueError for an option that is not written so; whether there are such a policy and options, `load` says.
+    """
+    name, *options = text.split(":")
+    pairs = [option.partition("=") for option in options]
+    bad = [option for option, (_, _, number) in zip(options, pairs, strict=True) if not number.isdecimal()]
+    if bad:
+        raise ValueError(f"options of a policy are written option=number, got {bad[0]!r} in {text!r}")
+    return name, {key: int(number) for key, _, number in pairs}

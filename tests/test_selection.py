@@ -1,0 +1,97 @@
+"""The study of selection: figures that can be checked against what they mean."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from eval import selection
+from eval.needle import make_cases
+from sentencekv import LongContextLM
+
+SMALL: dict[str, Any] = {
+    "model": "pocket",
+    "policies": "codes,codes:bits=4,mean",
+    "budgets": "128,4000",
+    "contexts": "700",
+    "cases": 1,
+    "facts": 2,
+    "text": None,
+    "save_plot": None,
+    "device": "cpu",
+    "dtype": "float32",
+}
+
+
+def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    selection.main(**{**SMALL, "save_plot": tmp_path / "study.png"})
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {(row["policy"], row["budget_tokens"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 4 * 2
+    for (_, budget), row in rows.items():
+        assert row["needed_heads"] > 10
+        assert row["mass"] == pytest.approx(sum(row["mass_by_layer"]) / 8)
+        # A budget that holds everything chooses everything.
+        if budget == 4000:
+            assert (row["mass"], row["mass_of_sentences"], row["needed"]) == pytest.approx((1, 1, 1), abs=1e-5)
+            assert row["output_error"] == pytest.approx(0, abs=1e-5)
+            assert row["right"] in (None, 2)
+        else:
+            assert 0 < row["output_error"] < 1
+            assert row["mass_of_sentences"] < row["mass"] < 1
+    oracle, codes, fine, mean = (rows[name, 128] for name in ("oracle", "codes", "codes:bits=4", "mean"))
+    assert min(oracle["needed"], fine["needed"]) > 0.95 > mean["needed"]
+    assert oracle["mass_of_sentences"] > fine["mass_of_sentences"] > codes["mass_of_sentences"] > 0
+    assert mean["needed_rank_median"] >= oracle["needed_rank_median"] == 1
+    assert oracle["summary_bytes_per_token"] == 0 < mean["summary_share_of_kv"] < codes["summary_share_of_kv"]
+    # Two and four bits of 64 dimensions, 2 heads, 8 layers.
+    more = fine["summary_bytes_per_token"] - codes["summary_bytes_per_token"]
+    assert more == pytest.approx(2 / 8 * 64 * 2 * 8, rel=0.2)
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_watching_changes_nothing(prose: str) -> None:
+    """Dense attention answers as `full` does, and the fact's sentence is where it was hidden."""
+    lm = LongContextLM.from_pretrained("pocket", device="cpu", policy="full")
+    engines = {("mean", 256): lm.with_config(policy="mean", budget_tokens=256)}
+    (case,) = make_cases(lm, [prose * 3], 600, 1, 2)
+    seen: list[int] = []
+
+    class Taking(selection.Watch):
+        def attend(self, layer: int, *given: Any, **keywords: Any) -> torch.Tensor:
+            if layer == 0 and self.counts:
+                seen.append(1)
+            return super().attend(layer, *given, **keywords)
+
+    with lm.read(case.hidden.text) as document:
+        text = selection.Text(document, selection.choosers_of(document, engines))
+        for fact, (start, stop) in zip(case.facts, case.hidden.spans, strict=True):
+            sentences = text.sentences_of(start, stop)
+            first, last = text.spans[sentences[0]][0], text.spans[sentences[-1]][1]
+            spans = document._contents.prompt.spans[first:last] - len(document._contents.frame.before)
+            assert fact.sentence in case.hidden.text[spans[0, 0] : spans[-1, 1]]
+            figures = {key: selection.Figures() for key in engines}
+            seen.clear()
+            selection.watch_answer(text, fact, Taking(text, sentences, figures))
+            answer = document.ask(fact.question, max_new_tokens=selection._ANSWER_TOKENS)
+            assert len(seen) == len(answer.token_ids) - 1
+            assert figures["mean", 256].count == 8 * len(seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policies": "codes,window"}, "'window' selects no sentences"),
+        ({"policies": "codes:bits"}, "option=number"),
+        ({"policies": "best"}, "available"),
+        ({"budgets": "many"}, "budgets must be whole numbers"),
+        ({"contexts": "4k"}, "contexts must be whole numbers"),
+        ({"budgets": "10"}, "must exceed"),
+    ],
+)
+def test_bad_options(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(typer.BadParameter, match=message):
+        selection.main(**{**SMALL, **changes})
