@@ -29,7 +29,7 @@ import torch
 import typer
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from eval.needle import Case, environment, make_cases, progress_bar
@@ -371,8 +371,19 @@ def main(
             made = make_cases(lm, texts, length, cases, facts)
             found = study(lm, engines, made, lambda: bar.advance(task))
             rows += [row_of(key, length, each, cases * facts) for key, each in found.items()]
+    policy_column = Column("policy", no_wrap=True)
     table = Table(
-        "context", "budget", "policy", "mass", "of sentences", "error", "needed", "rank", "answers", "bytes", "of KV"
+        "context",
+        "budget",
+        policy_column,
+        "mass",
+        "of sentences",
+        "error",
+        "needed",
+        "rank",
+        "answers",
+        "bytes",
+        "of KV",
     )
     for row in rows:
         table.add_row(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_ops import encode_keys, summarize
+from triton_ops import encode_keys, pack_box, summarize, unpack_box
 from triton_ops.gather_kv import gather_kv_ref
 from triton_ops.lanes import Lane, Lanes, Part
 from triton_ops.pack_kv import Format, pack_kv, packed_slab, row_bytes
@@ -76,7 +76,11 @@ def random_lane(
                 made = (moments.mean[:, :, None].to(dtype),)
             else:
                 box = torch.stack([moments.minimum, moments.maximum], dim=2).to(dtype)
-                made = (box, encode_keys(key_TNH, box, offsets, bits=bits))
+                if tables == "packed codes":
+                    packed = pack_box(moments.minimum, moments.maximum)
+                    made = (packed, encode_keys(key_TNH, unpack_box(packed), offsets, bits=bits))
+                else:
+                    made = (box, encode_keys(key_TNH, box, offsets, bits=bits))
             part_tables[layer] = tuple(table.to(device) for table in made)
         parts.append(Part(first, len(part), part_tables))
         first += len(part)

@@ -32,7 +32,7 @@ LANE_POLICIES = [name for name in policies.available() if policies.policy_class(
 
 def reading_session(tokens: Tokens, num_tokens: int, name: str = "moments", **changes) -> Session:
     """A session that has read so many tokens."""
-    session = new_session(tokens.q.device, policies.load(name), dataclasses.replace(CONFIG, **changes))
+    session = new_session(tokens.q.device, policies.load(*policies.parse(name)), dataclasses.replace(CONFIG, **changes))
     session.expect(sentence_ends(tokens.q.shape[2]))
     run(session, tokens, num_tokens, exact=True)
     return session
@@ -184,7 +184,8 @@ def use_ops(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> Cal
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_dtype"), [*((name, "auto") for name in LANE_POLICIES), ("moments", "int8"), ("moments", "int4")]
+    ("name", "kv_dtype"),
+    [*((name, "auto") for name in [*LANE_POLICIES, "codes:box_bits=4"]), ("moments", "int8"), ("moments", "int4")],
 )
 def test_kernels_and_references_decode_alike(
     name: str,

@@ -201,3 +201,27 @@ def test_a_shortlist_decides_what_codes_see(device: torch.device) -> None:
     assert not torch.equal(chosen[0], chosen[3])
     with pytest.raises(ValueError, match="shortlist must be 0 or at least 2, got 1"):
         policies.load("codes", {"shortlist": 1})
+    with pytest.raises(ValueError, match="shortlist ranks by the boxes alone"):
+        policies.load("codes", {"shortlist": 2, "box_bits": 4})
+    with pytest.raises(ValueError, match="box_bits must be 4 or 16, got 8"):
+        policies.load("codes", {"box_bits": 8})
+
+
+@pytest.mark.parametrize("outliers", [1.0, 12.0])
+def test_packed_boxes_score_like_exact_ones(outliers: float, device: torch.device) -> None:
+    """Estimates of the attention mass are nearly as good, also where some dimensions are far larger than others."""
+    lengths = random_lengths(40, 32)
+    torch.manual_seed(0)
+    key = torch.randn(sum(lengths), 1, 64) + torch.randn(40, 1, 64).repeat_interleave(torch.tensor(lengths), 0)
+    q = torch.randn(1, 4, 64)
+    key[..., ::16] *= outliers
+    q[..., ::16] /= outliers
+    key, q = key.to(device), q.to(device)
+    spans = torch.einsum("gh,th->gt", q[0], key[:, 0]).mul(0.3).split(lengths, dim=1)
+    truth = torch.stack([each.logsumexp(-1) for each in spans], dim=1)
+    errors = {}
+    for box_bits in (16, 4):
+        policy = policies.load("codes", {"box_bits": box_bits})
+        errors[box_bits] = (logits(policy, q, key, lengths, 0.3)[0] - truth).abs().mean()
+    assert errors[16] < 0.2 * truth.std()
+    assert errors[4] < 1.5 * errors[16]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.lanes import DTYPES, random_batch, random_heads, random_lengths
 from tests.test_score_sentences import of_sentences
-from triton_ops import Lanes
+from triton_ops import Lanes, unpack_box
 from triton_ops.score_codes import score_codes, score_codes_ref, score_codes_triton
 
 RAGGED = [[random_lengths(7, 8), [], [3] * 3], [[2, 8, 1]], [[4], random_lengths(5, 8, seed=1)]]
@@ -26,6 +26,8 @@ def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, bits: int) ->
         x_NGH = scale * q_BAH[b].double().unflatten(0, (lanes.num_kv_heads, -1))
         for part in lane.parts:
             box_SN2H, code_TNW = part.tables[layer]
+            if box_SN2H.dtype == torch.uint8:
+                box_SN2H = unpack_box(box_SN2H)
             row = 0
             for s in range(part.num_sentences):
                 length = int(lane.place_S4[part.first + s, 0])
@@ -83,6 +85,25 @@ def test_kernel(
     allowed = 2 * (want - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
     assert ((got - truth).abs() <= slack + allowed).all()
     assert (slack < 0.02).all(), "nothing beside the codes' own coarseness"
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "group", "bits"), [(16, 3, 2), (80, 3, 2), (96, 7, 4), (128, 4, 2), (128, 4, 1)])
+def test_kernel_with_packed_boxes(
+    dim: int, group: int, bits: int, dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("triton_ops.score_codes"), "_PROGRAMS", 16)
+    lanes = random_batch(
+        RAGGED, kernel_device, heads=2 if dim < 96 else 1, dim=dim, dtype=dtype, tables="packed codes", bits=bits
+    )
+    q = random_heads(lanes, lanes.num_kv_heads * group, dim, dtype)
+    options = {"scale": dim**-0.5, "bits": bits, "packed_box": True}
+    got, want = (of_sentences(lanes, op(q, lanes, 0, **options)) for op in (score_codes_triton, score_codes_ref))
+    truth, slack = formula(lanes, 0, q, scale=dim**-0.5, bits=bits)
+    # 2 ** (-level / 2) is an approximation on a GPU.
+    allowed = 2 * (want - truth).abs().max() + 1e-6 * truth.abs().max()
+    assert ((got - truth).abs() <= slack + allowed).all()
 
 
 @pytest.mark.usefixtures("poison")

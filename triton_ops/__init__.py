@@ -18,6 +18,7 @@ from triton_ops.gather_kv import gather_kv
 from triton_ops.lanes import Lane, Lanes, Part
 from triton_ops.merge_attention import merge_attention
 from triton_ops.offload_kv import offload_kv
+from triton_ops.pack_box import pack_box, unpack_box
 from triton_ops.pack_kv import Format, Packed, pack_kv, packed_slab, unpack_kv
 from triton_ops.resolve_hot_set import Resolved, resolve_hot_set
 from triton_ops.score_codes import score_codes
@@ -39,6 +40,7 @@ __all__ = [
     "gather_kv",
     "merge_attention",
     "offload_kv",
+    "pack_box",
     "pack_kv",
     "packed_slab",
     "resolve_hot_set",
@@ -47,5 +49,6 @@ __all__ = [
     "select_sentences",
     "sparse_decode",
     "summarize",
+    "unpack_box",
     "unpack_kv",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import NUM_PARTS, PARTS, PLACE, PLACE_FIRST, PLACE_LENGTH, Lanes, element_type
+from triton_ops.pack_box import SCALE_BYTES, unpack_box
 from triton_ops.score_sentences import Scores, scores_of, store_extents
 
 _PROGRAMS = 4224
@@ -48,7 +49,14 @@ def _score_part_ref(
 
 
 def score_codes_ref(
-    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int, sentence_BNS: Tensor | None = None
+    q_BAH: Tensor,
+    lanes: Lanes,
+    layer: int,
+    *,
+    scale: float,
+    bits: int,
+    packed_box: bool = False,
+    sentence_BNS: Tensor | None = None,
 ) -> Scores:
     """Scores with the logits log of the sum over a sentence's tokens of exp(scale * q . decoded key).
 
@@ -58,6 +66,7 @@ def score_codes_ref(
         q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
         lanes: each lane's tables of this layer are the boxes `[S, N, 2, H]` of its sentences (minimum and maximum of
             their keys) and the codes `[T, N, W]` of their tokens, in order, as `encode_keys` packs them.
+        packed_box: boxes are `[S, N, H + 4]`, as `pack_box` packs them.
         sentence_BNS: int32, the sentences to score, rising, padded with -1, a column for each; None: all.
     """
     num_kv_heads = lanes.num_kv_heads
@@ -67,7 +76,8 @@ def score_codes_ref(
     for b, lane in enumerate(lanes.lanes):
         q_NGH = q_BAH[b].view(num_kv_heads, -1, q_BAH.shape[2])
         for part in lane.parts:
-            box_SN2H, code_TNW = part.tables[layer]
+            box, code_TNW = part.tables[layer]
+            box_SN2H = unpack_box(box) if packed_box else box
             sentences = slice(part.first, part.first + part.num_sentences)
             length_S = lane.place_S4[sentences, 0].long()
             logit[b, :, :, sentences] = _score_part_ref(
@@ -122,6 +132,7 @@ def _score_codes_kernel(
     WIDTH_BLOCK: tl.constexpr,
     LONGEST: tl.constexpr,
     DTYPE: tl.constexpr,
+    PACKED_BOX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One sentence at a time; a byte holds dimensions WIDTH apart, so each of its fields is a run of dimensions.
@@ -151,7 +162,9 @@ def _score_codes_kernel(
     for part in range(num_parts):
         first = tl.load(address_ptr + PARTS + 4 * part)
         count = tl.load(address_ptr + PARTS + 4 * part + 1)
-        box_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 2).to(tl.pointer_type(DTYPE)), 16)
+        box_address = tl.load(address_ptr + PARTS + 4 * part + 2)
+        box_ptr = tl.multiple_of(box_address.to(tl.pointer_type(DTYPE)), 16)
+        byte_ptr = tl.multiple_of(box_address.to(tl.pointer_type(tl.uint8)), 16)
         code_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 3).to(tl.pointer_type(tl.uint8)), 16)
         num_columns = count
         if SOME:
@@ -176,14 +189,25 @@ def _score_codes_kernel(
                 other=0,
             ).to(tl.int16)
             low_ptr = box_ptr + (s * NUM_KV_HEADS + n) * (2 * HEAD_DIM)
+            if PACKED_BOX:
+                box_row = (s * NUM_KV_HEADS + n) * (HEAD_DIM + SCALE_BYTES)
+                scales_ptr = (box_address + box_row + HEAD_DIM).to(tl.pointer_type(tl.float16))
+                middle_step = tl.load(scales_ptr, mask=here, other=0.0).to(tl.float32)
+                largest = tl.load(scales_ptr + 1, mask=here, other=0.0).to(tl.float32)
             base = tl.zeros((GROUP_BLOCK, WIDTH_BLOCK), tl.float32)
             logit = tl.zeros((LONGEST, GROUP_BLOCK), tl.float32)
             for i in tl.static_range(FIELDS):
                 h = i * WIDTH + w
                 in_head = (w < WIDTH) & (h < HEAD_DIM) & here
-                low = tl.load(low_ptr + h, mask=in_head, other=0.0).to(tl.float32)
-                high = tl.load(low_ptr + HEAD_DIM + h, mask=in_head, other=0.0).to(tl.float32)
-                step = (high - low) * (1.0 / (1 << BITS))
+                if PACKED_BOX:
+                    byte = tl.load(byte_ptr + box_row + h, mask=in_head, other=0).to(tl.int32)
+                    half = tl.where(in_head, largest * tl.exp2(-0.5 * (byte >> 4).to(tl.float32)), 0.0)
+                    low = tl.where(in_head, ((byte & 15) - 8).to(tl.float32) * middle_step - half, 0.0)
+                    step = half * (2.0 / (1 << BITS))
+                else:
+                    low = tl.load(low_ptr + h, mask=in_head, other=0.0).to(tl.float32)
+                    high = tl.load(low_ptr + HEAD_DIM + h, mask=in_head, other=0.0).to(tl.float32)
+                    step = (high - low) * (1.0 / (1 << BITS))
                 if i == 0:
                     x = x0
                 elif i == 1:
@@ -212,7 +236,14 @@ def _score_codes_kernel(
 
 
 def score_codes_triton(
-    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int, sentence_BNS: Tensor | None = None
+    q_BAH: Tensor,
+    lanes: Lanes,
+    layer: int,
+    *,
+    scale: float,
+    bits: int,
+    packed_box: bool = False,
+    sentence_BNS: Tensor | None = None,
 ) -> Scores:
     """Logits of sentences from coded keys, by one kernel; columns past a lane's sentences hold anything."""
     num_kv_heads = lanes.num_kv_heads
@@ -249,6 +280,7 @@ def score_codes_triton(
         WIDTH_BLOCK=max(16, triton.next_power_of_2(width)),
         LONGEST=max(16, triton.next_power_of_2(lanes.slot_tokens)),
         DTYPE=element_type(q_BAH.dtype),
+        PACKED_BOX=packed_box,
         EARLY=early,
         num_warps=1,
         **launch_options(early),
@@ -257,8 +289,15 @@ def score_codes_triton(
 
 
 def score_codes(
-    q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, bits: int, sentence_BNS: Tensor | None = None
+    q_BAH: Tensor,
+    lanes: Lanes,
+    layer: int,
+    *,
+    scale: float,
+    bits: int,
+    packed_box: bool = False,
+    sentence_BNS: Tensor | None = None,
 ) -> Scores:
     """Logits of sentences from coded keys; see `score_codes_ref`."""
     op = score_codes_triton if q_BAH.is_cuda else score_codes_ref
-    return op(q_BAH, lanes, layer, scale=scale, bits=bits, sentence_BNS=sentence_BNS)
+    return op(q_BAH, lanes, layer, scale=scale, bits=bits, packed_box=packed_box, sentence_BNS=sentence_BNS)

@@ -10,10 +10,12 @@ from triton_ops import (
     Lanes,
     Scores,
     encode_keys,
+    pack_box,
     score_codes,
     score_sentences,
     select_sentences,
     summarize,
+    unpack_box,
 )
 
 
@@ -29,6 +31,10 @@ class Codes(Policy):
     bits: int = 2
     """Bits per dimension: 1, 2 or 4."""
 
+    box_bits: int = 16
+    """Bits per dimension of each vector of the box: 16 as in keys, or 4 for its middle and its extent each, which takes
+    the summaries from 11% of the KV to 7.5% (`docs/policies.md`)."""
+
     shortlist: int = 0
     """Budgets of sentences that the boxes alone pick, by the mass that Gaussian keys of such ranges would get; codes
     decide among those, which is faster in long contexts and misses what boxes miss. 0: codes of all are read."""
@@ -40,13 +46,22 @@ class Codes(Policy):
         if not isinstance(self.shortlist, int) or not (self.shortlist == 0 or self.shortlist >= 2):
             raise ValueError(f"policy option shortlist must be 0 or at least 2, got {self.shortlist!r}")
 
+        if self.box_bits not in (4, 16):
+            raise ValueError(f"policy option box_bits must be 4 or 16, got {self.box_bits!r}")
+        if self.shortlist and self.box_bits != 16:
+            raise ValueError("policy option shortlist ranks by the boxes alone, which takes box_bits=16")
+
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         moments = summarize(key_TNH, offsets)
-        box_SN2H = torch.stack([moments.minimum, moments.maximum], dim=2)
-        return box_SN2H, encode_keys(key_TNH, box_SN2H, offsets, bits=self.bits)
+        if self.box_bits == 16:
+            box = box_SN2H = torch.stack([moments.minimum, moments.maximum], dim=2)
+        else:
+            box = pack_box(moments.minimum, moments.maximum)
+            box_SN2H = unpack_box(box)
+        return box, encode_keys(key_TNH, box_SN2H, offsets, bits=self.bits)
 
     def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
-        return score_codes(q_BAH, lanes, layer, scale=scale, bits=self.bits)
+        return score_codes(q_BAH, lanes, layer, scale=scale, bits=self.bits, packed_box=self.box_bits != 16)
 
     def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
         if not self.shortlist:
