@@ -2,8 +2,8 @@
 
     python -m eval.needle --policies full,codes,moments,mean,window --budgets 256 --contexts 4096
 
-Every policy reads the same texts and gets the same questions, with greedy decoding. The text is generated prose, or
-files of your own with `--text`. Prints a table, then one JSON line.
+Each text is read once; every policy gets the same questions about it, with greedy decoding. The text is generated
+prose, or files of your own with `--text`. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import json
 import platform
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import sentencekv
-from sentencekv import LongContextLM
+from sentencekv import Document, LongContextLM
+from sentencekv.files import TextError, load_text
 from sentencekv.needles import Fact, Hidden, hide, is_right, make_facts
 from sentencekv.prose import generate_prose
 
@@ -61,10 +63,25 @@ def make_cases(lm: LongContextLM, texts: list[str], context_tokens: int, num_cas
     return cases
 
 
-def score(lm: LongContextLM, case: Case) -> list[bool]:
+def score(document: Document, case: Case) -> list[bool]:
     """Whether each fact's question is answered right."""
-    with lm.read(case.hidden.text) as document:
-        return [is_right(document.ask(fact.question, max_new_tokens=48).text, fact) for fact in case.facts]
+    return [is_right(document.ask(fact.question, max_new_tokens=48).text, fact) for fact in case.facts]
+
+
+def load_texts(paths: Sequence[Path] | None) -> list[str]:
+    """The texts of files or folders. Raises BadParameter saying what is wrong with one."""
+    try:
+        return [load_text(str(path)).text for path in paths or []]
+    except (OSError, TextError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def whole_numbers(given: str, name: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(each) for each in given.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{name} must be whole numbers separated by commas, got {given!r}") from error
 
 
 def environment(lm: LongContextLM) -> dict[str, str]:
@@ -98,26 +115,32 @@ def main(
 ) -> None:
     """Exact answers by policy, budget and context length."""
     lm = LongContextLM.from_pretrained(model, device=device, dtype=dtype)
-    texts = [path.read_text(encoding="utf-8") for path in text or []]
+    texts = load_texts(text)
+    sizes, lengths = whole_numbers(budgets, "budgets"), whole_numbers(contexts, "contexts")
     # The budget says nothing to `full`: it is run once.
     pairs = [
         (name, budget)
         for name in policies.split(",")
-        for budget in ([lm.config.budget_tokens] if name == "full" else map(int, budgets.split(",")))
+        for budget in ([lm.config.budget_tokens] if name == "full" else sizes)
     ]
-    engines = {(name, budget): lm.with_config(policy=name, budget_tokens=budget) for name, budget in pairs}
-    lengths = [int(length) for length in contexts.split(",")]
+    try:
+        engines = {(name, budget): lm.with_config(policy=name, budget_tokens=budget) for name, budget in pairs}
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     right: dict[tuple[str, int, int], int] = {}
     with progress_bar() as bar:
         task = bar.add_task("texts", total=len(engines) * len(lengths) * cases)
         for length in lengths:
             made = make_cases(lm, texts, length, cases, facts)
-            for (name, budget), engine in engines.items():
-                bar.update(task, description=f"{name} {budget} at {length}")
-                for case in made:
-                    key = (name, budget, length)
-                    right[key] = right.get(key, 0) + sum(score(engine, case))
-                    bar.advance(task)
+            for case in made:
+                bar.update(task, description=f"reading {length}")
+                with lm.read(case.hidden.text) as document:
+                    for (name, budget), engine in engines.items():
+                        bar.update(task, description=f"{name} {budget} at {length}")
+                        key = (name, budget, length)
+                        with engine.adopt(document) as adopted:
+                            right[key] = right.get(key, 0) + sum(score(adopted, case))
+                        bar.advance(task)
     table = Table("policy", "budget", *[f"{length} tokens" for length in lengths])
     for name, budget in engines:
         cells = [f"{right[name, budget, length]}/{cases * facts}" for length in lengths]

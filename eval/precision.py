@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eval.needle import environment, make_cases, progress_bar, score
+from eval.needle import environment, load_texts, make_cases, progress_bar, score, whole_numbers
 from sentencekv import LongContextLM
 from sentencekv.prose import generate_prose
 
@@ -57,7 +57,8 @@ def measure(
         engine = lm.with_config(kv_dtype=kv_dtype)
         right, log_likelihood, divergences, held = 0, 0.0, [], 0.0
         for i, (case, (text, targets)) in enumerate(zip(made, passages, strict=True)):
-            right += sum(score(engine, case))
+            with engine.read(case.hidden.text) as document:
+                right += sum(score(document, case))
             log_probability = engine.logits(text, context_tokens=context_tokens).log_softmax(-1)
             log_likelihood += float(log_probability.gather(1, targets[:, None]).sum())
             if len(truth) <= i:
@@ -113,8 +114,8 @@ def main(
 ) -> None:
     """Answers, perplexity and divergence by precision of the host tier."""
     lm = LongContextLM.from_pretrained(model, device=device, dtype=dtype)
-    texts = [path.read_text(encoding="utf-8") for path in text or []]
-    names, lengths = policies.split(","), [int(length) for length in contexts.split(",")]
+    texts = load_texts(text)
+    names, lengths = policies.split(","), whole_numbers(contexts, "contexts")
     dtypes = ["auto", *[name for name in kv_dtypes.split(",") if name != "auto"]]
     rows: list[Row] = []
     with progress_bar() as bar:

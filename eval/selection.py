@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from eval.needle import Case, environment, make_cases, progress_bar
+from eval.needle import Case, environment, load_texts, make_cases, progress_bar, score, whole_numbers
 from sentencekv import Document, LongContextLM
 from sentencekv.attention import run_model
 from sentencekv.batch import LaneBatch, SessionBatch
-from sentencekv.needles import Fact, is_right
+from sentencekv.needles import Fact
 from sentencekv.policies import parse
 from sentencekv.prompts import encode_appended
 from sentencekv.session import Session
@@ -263,10 +263,8 @@ def study(
                 found.bytes_per_token += chooser.summary_bytes / document.num_tokens / len(cases)
                 found.kv_share += chooser.summary_bytes / dense_bytes / len(cases)
                 if chooser.name != ORACLE:
-                    adopted = engines[chooser.name, chooser.budget].adopt(document)
-                    found.right += sum(
-                        is_right(adopted.ask(fact.question, max_new_tokens=48).text, fact) for fact in case.facts
-                    )
+                    with engines[chooser.name, chooser.budget].adopt(document) as adopted:
+                        found.right += sum(score(adopted, case))
         tick()
     return figures
 
@@ -326,14 +324,6 @@ def as_config(policy: str) -> dict[str, Any]:
     return {"policy": name, "policy_options": options}
 
 
-def whole_numbers(given: str, name: str) -> list[int]:
-    """Numbers separated by commas."""
-    try:
-        return [int(each) for each in given.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"{name} must be whole numbers separated by commas, got {given!r}") from error
-
-
 def main(
     model: Annotated[str, typer.Option(help="Model folder, hub name, or 'pocket'.")] = "pocket",
     policies: Annotated[
@@ -363,7 +353,7 @@ def main(
     silent = [name for (name, _), engine in engines.items() if engine._engine.policy.reads != "selected"]
     if silent:
         raise typer.BadParameter(f"{silent[0]!r} selects no sentences; there is nothing to study")
-    texts = [path.read_text(encoding="utf-8") for path in text or []]
+    texts = load_texts(text)
     rows: list[dict[str, Any]] = []
     with progress_bar() as bar:
         task = bar.add_task("texts", total=len(lengths) * cases)

@@ -90,6 +90,7 @@ def test_watching_changes_nothing(prose: str) -> None:
         ({"budgets": "many"}, "budgets must be whole numbers"),
         ({"contexts": "4k"}, "contexts must be whole numbers"),
         ({"budgets": "10"}, "must exceed"),
+        ({"text": [Path("nowhere.txt")]}, "no file or directory 'nowhere.txt'"),
     ],
 )
 def test_bad_options(changes: dict[str, str], message: str) -> None:
