@@ -16,7 +16,8 @@ from sentencekv.config import Config
 from sentencekv.memory import HostMemory
 from sentencekv.policies import load
 from sentencekv.session import Session
-from sentencekv.store import Extent, Layout, Places
+from sentencekv.slabs import Layout
+from sentencekv.store import Extent, Places
 from triton_ops.gather_kv import gather_kv, gather_kv_ref
 from triton_ops.lanes import STEP, Lanes
 from triton_ops.offload_kv import offload_kv

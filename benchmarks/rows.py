@@ -29,7 +29,7 @@ from sentencekv.fused import FusedLayers
 from sentencekv.graph import Stepper
 from sentencekv.memory import HostMemory, available_host_bytes
 from sentencekv.session import Session
-from sentencekv.store import Layout
+from sentencekv.slabs import Layout
 
 HitRate = float | None
 """None: what random queries give."""

@@ -27,7 +27,7 @@ from sentencekv.reading import Progress, read
 from sentencekv.sampling import SamplingOptions, refuse_nan
 from sentencekv.saved import Owner
 from sentencekv.session import Session
-from sentencekv.store import Layout, host_slabs
+from sentencekv.slabs import Layout, host_slabs
 
 SHAPING = ("sink_tokens", "window_tokens", "max_sentence_tokens", "min_sentence_tokens", "splitter", "kv_dtype")
 """Settings that shape the sentences and the KV of what is read."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sentencekv.config import Config
-from sentencekv.store import Extent, Layout, Places, Run
+from sentencekv.slabs import Layout
+from sentencekv.store import Extent, Places, Run
 from triton_ops import Lane, Part, offload_kv
 
 _SERIALS = itertools.count()

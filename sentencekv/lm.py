@@ -227,6 +227,8 @@ class LongContextLM:
         Raises ValueError: the document is closed, is of another model or another memory, or its configuration differs
         in what shaped its sentences and their KV.
         """
+        if not isinstance(document, Document):
+            raise TypeError(f"adopt takes a Document, got {_describe(document)}; read a text with `read`")
         return document.under(self._engine)
 
     def open(self, path: str | os.PathLike[str]) -> Document:

@@ -31,7 +31,8 @@ from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy
 from sentencekv.prompts import Frame, Prompt
 from sentencekv.session import Session, State
-from sentencekv.store import Extent, Layout, Slab
+from sentencekv.slabs import Layout, Slab
+from sentencekv.store import Extent
 
 _KIND, _VERSION = "sentencekv document", 1
 _READERS = 4

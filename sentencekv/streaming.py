@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sentencekv.store import Places, Slab
+from sentencekv.slabs import Slab
+from sentencekv.store import Places
 
 BLOCK_TOKENS = 16384
 """Tokens of a block on a GPU, all but the last one: enough that attention to it outlasts the copy of the next one and

@@ -136,6 +136,8 @@ def test_what_cannot_be_adopted(lm: LongContextLM, tokenizer: PreTrainedTokenize
     document.close()
     with pytest.raises(ValueError, match="closed"):
         lm.adopt(document)
+    with pytest.raises(TypeError, match=r"takes a Document, got .*read a text"):
+        lm.adopt(prose)  # type: ignore[arg-type]
 
 
 def test_loglikelihood_equals_dense(lm: LongContextLM, prose: str) -> None:

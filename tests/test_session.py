@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from sentencekv import policies, store, streaming
+from sentencekv import policies, slabs, streaming
 from sentencekv import session as session_module
 from sentencekv.batch import LaneBatch
 from sentencekv.exact import exact_attention_ref
@@ -42,8 +42,8 @@ def test_reading_is_exact_for_any_chunk(
     """Whether a layer's KV comes in blocks or is brought together."""
     monkeypatch.setitem(session_module.ASSEMBLED_TOKENS, device.type, assembled)
     monkeypatch.setattr(streaming, "BLOCK_TOKENS", 64)
-    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", 64)
-    monkeypatch.setattr(store, "_SMALL_SLAB_TOKENS", 32)
+    monkeypatch.setattr(slabs, "LARGE_SLAB_TOKENS", 64)
+    monkeypatch.setattr(slabs, "SMALL_SLAB_TOKENS", 32)
     tokens = Tokens.random(300, device)
     session = new_session(device)
     session.expect(sentence_ends(300))

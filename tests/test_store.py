@@ -5,9 +5,10 @@ import gc
 import pytest
 import torch
 
-from sentencekv import store
+from sentencekv import slabs, store
 from sentencekv.memory import HostMemory
-from sentencekv.store import Extent, GrowingTable, Layout, Places, host_slabs
+from sentencekv.slabs import Layout, host_slabs
+from sentencekv.store import Extent, GrowingTable, Places
 from tests.sequences import CPU, PinnedForNobody
 
 
@@ -20,8 +21,8 @@ def fill(extent: Extent, lengths: list[int], start: int, kv: torch.Tensor, expec
 @pytest.mark.parametrize("large", [64, 4096])
 def test_rows_come_back_in_order(large: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sentences over several slabs and two extents; slabs end with rows that no sentence fits."""
-    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", large)
-    monkeypatch.setattr(store, "_SMALL_SLAB_TOKENS", 32)
+    monkeypatch.setattr(slabs, "LARGE_SLAB_TOKENS", large)
+    monkeypatch.setattr(slabs, "SMALL_SLAB_TOKENS", 32)
     memory = HostMemory(None, pinned=device.type == "cuda")
     kv = torch.randn(2, 400, 2, 8, device=device)
     lengths = [7, 30, 1, 25, 32, 9, 16, 31, 20, 29] * 2
@@ -53,8 +54,8 @@ def test_rows_come_back_in_order(large: int, device: torch.device, monkeypatch: 
 def test_the_next_slab_is_got_ready_while_one_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, 320 tokens in slabs of 64: the first slabs are waited for, the others come from the background, and
     none is got ready that is not needed."""
-    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", 64)
-    monkeypatch.setattr(store, "_SMALL_SLAB_TOKENS", 32)
+    monkeypatch.setattr(slabs, "LARGE_SLAB_TOKENS", 64)
+    monkeypatch.setattr(slabs, "SMALL_SLAB_TOKENS", 32)
     memory = PinnedForNobody(None)
     extent = Extent(memory, CPU)
     kv = torch.randn(2, 2, 320, 2, 8)
@@ -73,7 +74,7 @@ def test_the_next_slab_is_got_ready_while_one_is_filled(monkeypatch: pytest.Monk
 
 
 def test_reading_that_ends_early_gives_spare_slabs_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", 64)
+    monkeypatch.setattr(slabs, "LARGE_SLAB_TOKENS", 64)
     memory = PinnedForNobody(None)
     extent = Extent(memory, CPU)
     extent.write(0, extent.place(0, [20], 3000), torch.randn(2, 20, 2, 8))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sentencekv import store, streaming
+from sentencekv import slabs, streaming
 from sentencekv.memory import HostMemory
-from sentencekv.store import Extent, Places, Slab
+from sentencekv.slabs import Slab
+from sentencekv.store import Extent, Places
 from sentencekv.streaming import Stream
 
 LENGTHS = [7, 30, 1, 25, 32, 9, 16, 31, 20, 29] * 3
@@ -17,8 +18,8 @@ LAYERS = [0, 2, 3]
 
 def filled(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> tuple[Places, dict[int, Tensor]]:
     """Two extents of several slabs, three layers, and what is in them."""
-    monkeypatch.setattr(store, "_LARGE_SLAB_TOKENS", 128)
-    monkeypatch.setattr(store, "_SMALL_SLAB_TOKENS", 32)
+    monkeypatch.setattr(slabs, "LARGE_SLAB_TOKENS", 128)
+    monkeypatch.setattr(slabs, "SMALL_SLAB_TOKENS", 32)
     memory = HostMemory(None, pinned=device.type == "cuda")
     extents = []
     kv = {layer: torch.randn(2, sum(LENGTHS), 2, 8, device=device) for layer in LAYERS}
