@@ -18,7 +18,7 @@ from triton_ops import merge_attention
 _QUERY_BLOCK = 1024
 """Rows of an explicit mask or logit block: bounds the temporary memory, and skips the keys that no row may see."""
 GRAIN_TOKENS = 2048
-"""cuDNN attends twice as fast on Hopper as FlashAttention 2 (675 against 337 TFLOP/s; benchmarks/results/README.md),
+"""cuDNN attends twice as fast on Hopper as FlashAttention 2 (675 against 337 TFLOP/s; docs/design.md, section 7),
 but spends 45 ms on planning each new shape. So it gets numbers of tokens that are multiples of this."""
 _LOGITS_AT_ONCE = 1 << 26
 """Numbers of an explicit logit block of `partial_attention_ref`."""
