@@ -219,7 +219,7 @@ def main(
     shape: Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")] = "llama-8b",
     contexts: Annotated[str, typer.Option(help="Tokens of context, separated by commas.")] = "4096,32768,131072",
     policies: Annotated[
-        str, typer.Option(help="Policies that select, separated by commas; with options: codes:shortlist=4.")
+        str, typer.Option(help="Policies that select, separated by commas; with options: codes:bits=1.")
     ] = "moments,codes",
     budgets: Annotated[str, typer.Option(help="Budgets in tokens, separated by commas.")] = "2048",
     hit_rates: Annotated[str, typer.Option(help="Shares, or 'natural', separated by commas.")] = "0,0.6,0.85,0.95",

@@ -48,6 +48,7 @@ _NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.int16: "I16",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 

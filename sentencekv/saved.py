@@ -34,7 +34,7 @@ from sentencekv.session import Session, State
 from sentencekv.slabs import Layout, Slab
 from sentencekv.store import Extent
 
-_KIND, _VERSION = "sentencekv document", 1
+_KIND, _VERSION = "sentencekv document", 2
 _READERS = 4
 """Threads that read ahead: a checksum takes one of them longer than the disk takes for the bytes."""
 _SAMPLED_NUMBERS = 64

@@ -104,7 +104,6 @@ def score_codes(shape: Shape) -> None:
     lanes = lanes_of(shape, 1)
     for bits in (2, 4) if shape.dim == 64 else (2,):
         score_codes_triton(queries(lanes, shape), lanes, 0, scale=0.1, bits=bits)
-    score_codes_triton(queries(lanes, shape), lanes, 0, scale=0.1, bits=2, packed_box=True)
     listed = torch.zeros(1, shape.heads, 272, dtype=torch.int32)
     score_codes_triton(queries(lanes, shape), lanes, 0, scale=0.1, bits=2, sentence_BNS=listed)
 

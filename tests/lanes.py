@@ -75,12 +75,8 @@ def random_lane(
             elif tables == "mean":
                 made = (moments.mean[:, :, None].to(dtype),)
             else:
-                box = torch.stack([moments.minimum, moments.maximum], dim=2).to(dtype)
-                if tables == "packed codes":
-                    packed = pack_box(moments.minimum, moments.maximum)
-                    made = (packed, encode_keys(key_TNH, unpack_box(packed), offsets, bits=bits))
-                else:
-                    made = (box, encode_keys(key_TNH, box, offsets, bits=bits))
+                packed = pack_box(moments.minimum, moments.maximum)
+                made = (packed, encode_keys(key_TNH, unpack_box(packed, dim), offsets, bits=bits))
             part_tables[layer] = tuple(table.to(device) for table in made)
         parts.append(Part(first, len(part), part_tables))
         first += len(part)

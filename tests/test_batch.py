@@ -185,7 +185,7 @@ def use_ops(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> Cal
 
 @pytest.mark.parametrize(
     ("name", "kv_dtype"),
-    [*((name, "auto") for name in [*LANE_POLICIES, "codes:box_bits=4"]), ("moments", "int8"), ("moments", "int4")],
+    [*((name, "auto") for name in LANE_POLICIES), ("moments", "int8"), ("moments", "int4")],
 )
 def test_kernels_and_references_decode_alike(
     name: str,

@@ -55,7 +55,7 @@ def tiny() -> Any:
 def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     changes = {
         "contexts": "600,900",
-        "policies": "moments,codes:shortlist=4",
+        "policies": "moments,rerank:shortlist=3",
         "hit_rates": "0,0.85,natural",
         "batches": "1,3",
     }
@@ -68,7 +68,7 @@ def test_decode_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[s
     assert result["versions"]["torch"]
     assert result["hardware"]["device"] == "cpu"
     assert result["copy_bandwidth_bytes_per_second"] > 0
-    assert [done["policy"] for done in result["checks"]] == ["moments", "codes:shortlist=4"]
+    assert [done["policy"] for done in result["checks"]] == ["moments", "rerank:shortlist=3"]
     for done in result["checks"]:
         assert done["passed"]
         assert done["relative_error"] < 1e-5 < done["control_relative_error"]
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_skipped(capsys: pytest.CaptureFixture[str], monkey
         ({"shape": "llama-9b"}, "unknown shape"),
         ({"policies": "moments,best"}, "unknown policy 'best'"),
         ({"policies": "codes:shorts=4"}, "unknown option 'shorts'"),
-        ({"policies": "codes:shortlist=many"}, "option=number.*shortlist=many"),
+        ({"policies": "rerank:shortlist=many"}, "option=number.*shortlist=many"),
         ({"policies": "full"}, "one that selects.*got 'full'"),
         ({"budgets": "64"}, "must exceed"),
         ({"budgets": "many"}, "whole numbers"),

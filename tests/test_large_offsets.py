@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.lanes import assert_as_good, random_batch, random_heads, random_selection
 from tests.test_sparse_decode import random_step, shares
-from triton_ops import Lanes, Part, Resolved, Scores
+from triton_ops import Lanes, Part, Resolved, Scores, pack_box
 from triton_ops.gather_kv import gather_kv_triton
 from triton_ops.offload_kv import offload_kv_ref, offload_kv_triton
 from triton_ops.score_codes import score_codes_ref, score_codes_triton
@@ -105,15 +105,15 @@ def test_summaries(gpu: torch.device) -> None:
 
 def test_codes(gpu: torch.device) -> None:
     heads, dim, length = 4, 128, 32
-    width = dim // 4
+    width = dim // 8
     count = LARGE // (heads * width * length) + 100
     lanes = random_batch([[[4] * 3]], gpu, heads=heads, dim=dim, dtype=HALF, slot_tokens=length, spare=0)
     q = random_heads(lanes, heads, dim, HALF)
-    box = torch.zeros((count, heads, 2, dim), dtype=HALF, device=gpu)
-    box[-50:] = torch.randn(50, heads, 2, dim, device=gpu).sort(dim=2).values
-    code = torch.zeros((count * length, heads, width), dtype=torch.uint8, device=gpu)
+    box = torch.zeros((count, heads, dim + 4), dtype=torch.uint8, device=gpu)
+    box[-50:] = pack_box(*torch.randn(2, 50, heads, dim, device=gpu).sort(dim=0).values)
+    code = torch.zeros((count * length, heads, width), dtype=torch.int16, device=gpu)
     assert code.numel() > LARGE
-    code[-50 * length :] = torch.randint(0, 256, (50 * length, heads, width), device=gpu, dtype=torch.uint8)
+    code[-50 * length :] = torch.randint(-(2**15), 2**15, (50 * length, heads, width), device=gpu, dtype=torch.int16)
     seat_sentences(lanes, (box, code), count, length)
     got = score_codes_triton(q, lanes, 0, scale=0.1, bits=2).logit_BNGS[..., count - 50 : count]
     seat_sentences(lanes, (box, code), 50, length)

@@ -157,7 +157,7 @@ def test_other_settings_are_refused_with_the_remedy(lm: LongContextLM, saved: Pa
     remedy = r"lm\.with_config\(policy='codes', policy_options={'bits': 2, .*}, sink_tokens=4\)"
     with pytest.raises(SavedFileError, match=remedy):
         other.open(saved)
-    options = {"bits": 2, "box_bits": 16, "group": "max", "shortlist": 0}
+    options = {"bits": 2, "group": "max"}
     other.with_config(policy="codes", policy_options=options, sink_tokens=4).open(saved)
     lm.with_config(policy_options={"bits": 2}).open(saved)  # the default, said aloud
     lm.with_config(budget_tokens=200, hot_tokens=400).open(saved).ask(QUESTION, max_new_tokens=4)

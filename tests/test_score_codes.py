@@ -17,34 +17,41 @@ RAGGED = [[random_lengths(7, 8), [], [3] * 3], [[2, 8, 1]], [[4], random_lengths
 def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, bits: int) -> tuple[Tensor, Tensor]:
     """Of all sentences, one after another, in float64: their logits, and what rounding levels' weights may change.
 
-    The kernel keeps a query's weights of levels in half precision. A logit is the log of a sum of exponentials, so it
-    moves by no more than the largest of their exponents: half an ulp of each weight times the highest level.
+    The kernel keeps a query and its weights of levels in half precision, both scaled so that the largest are far above
+    its smallest. A logit is the log of a sum of exponentials, so it moves by no more than the largest of their
+    exponents: half an ulp of each weight times the highest level, and where a query is rounded too, as much again of
+    its number times what it meets in the box.
     """
     logits, slacks = [], []
     half_ulp = torch.finfo(torch.float16).eps / 2
     for b, lane in enumerate(lanes.lanes):
         x_NGH = scale * q_BAH[b].double().unflatten(0, (lanes.num_kv_heads, -1))
+        largest_N = x_NGH.abs().amax((1, 2))
         for part in lane.parts:
-            box_SN2H, code_TNW = part.tables[layer]
-            if box_SN2H.dtype == torch.uint8:
-                box_SN2H = unpack_box(box_SN2H)
+            packed_SNW, code_TNW = part.tables[layer]
+            box_SN2H = unpack_box(packed_SNW, q_BAH.shape[2])
             row = 0
             for s in range(part.num_sentences):
                 length = int(lane.place_S4[part.first + s, 0])
-                fields = [code_TNW[row : row + length] >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
-                level_TNH = torch.cat(fields, dim=-1)[..., : x_NGH.shape[2]].double()
+                fields = [code_TNW[row : row + length] >> (bits * i) & (2**bits - 1) for i in range(16 // bits)]
+                level_TNH = torch.cat(fields, dim=-1)[..., : q_BAH.shape[2]].double()
                 low_NH, high_NH = box_SN2H[s].double().unbind(dim=1)
                 step_NH = (high_NH - low_NH) / 2**bits
                 key_TNH = low_NH + (level_TNH + 0.5) * step_NH
                 logits.append(torch.einsum("ngh,tnh->ngt", x_NGH, key_TNH).logsumexp(-1))
                 weight_NGH = (x_NGH * step_NH[:, None]).abs()
-                slacks.append((weight_NGH * half_ulp + 2.0**-25).sum(-1) * (2**bits - 1))
+                tiny_N = largest_N * step_NH.amax(-1) * 2.0**-20
+                slack_NGH = (weight_NGH * half_ulp + tiny_N[:, None, None]) * (2**bits - 1)
+                if q_BAH.dtype == torch.float32:
+                    furthest_NH = torch.maximum(low_NH.abs(), high_NH.abs())
+                    slack_NGH += (x_NGH.abs() * half_ulp) * furthest_NH[:, None]
+                slacks.append(slack_NGH.sum(-1))
                 row += length
     return torch.stack(logits), torch.stack(slacks)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("dim", [16, 24])
+@pytest.mark.parametrize("dim", [16, 20])
 def test_logsumexp_over_decoded_keys(bits: int, dim: int, device: torch.device) -> None:
     lanes = random_batch(RAGGED, device, dim=dim, tables="codes", bits=bits, layers=(0, 2))
     q = random_heads(lanes, 6, dim, torch.float32)
@@ -62,7 +69,16 @@ def test_logsumexp_over_decoded_keys(bits: int, dim: int, device: torch.device) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("dim", "group", "bits", "slot_tokens"),
-    [(16, 1, 2, 8), (64, 4, 2, 32), (80, 3, 2, 8), (96, 7, 4, 8), (128, 8, 2, 32), (128, 4, 1, 8), (256, 1, 4, 8)],
+    [
+        (16, 1, 2, 8),
+        (64, 4, 2, 32),
+        (80, 3, 2, 8),
+        (20, 2, 2, 8),
+        (96, 7, 4, 8),
+        (128, 8, 2, 32),
+        (128, 4, 1, 8),
+        (256, 1, 4, 8),
+    ],
 )
 def test_kernel(
     dim: int,
@@ -84,37 +100,20 @@ def test_kernel(
     truth, slack = formula(lanes, 0, q, scale=dim**-0.5, bits=bits)
     allowed = 2 * (want - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
     assert ((got - truth).abs() <= slack + allowed).all()
-    assert (slack < 0.02).all(), "nothing beside the codes' own coarseness"
+    assert (slack < (0.05 if dtype == torch.float32 else 0.025)).all(), "nothing beside the codes' own coarseness"
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dim", "group", "bits"), [(16, 3, 2), (80, 3, 2), (96, 7, 4), (128, 4, 2), (128, 4, 1)])
-def test_kernel_with_packed_boxes(
-    dim: int, group: int, bits: int, dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.import_module("triton_ops.score_codes"), "_PROGRAMS", 16)
-    lanes = random_batch(
-        RAGGED, kernel_device, heads=2 if dim < 96 else 1, dim=dim, dtype=dtype, tables="packed codes", bits=bits
-    )
-    q = random_heads(lanes, lanes.num_kv_heads * group, dim, dtype)
-    options = {"scale": dim**-0.5, "bits": bits, "packed_box": True}
-    got, want = (of_sentences(lanes, op(q, lanes, 0, **options)) for op in (score_codes_triton, score_codes_ref))
-    truth, slack = formula(lanes, 0, q, scale=dim**-0.5, bits=bits)
-    # 2 ** (-level / 2) is an approximation on a GPU.
-    allowed = 2 * (want - truth).abs().max() + 1e-6 * truth.abs().max()
-    assert ((got - truth).abs() <= slack + allowed).all()
-
-
-@pytest.mark.usefixtures("poison")
-def test_kernel_on_a_wide_box(kernel_device: torch.device) -> None:
-    """Weights beyond half precision are clamped: logits stay finite, and still tell sentences apart."""
-    lanes = random_batch([[[4, 4]]], kernel_device, heads=1, tables="codes", spare=0)
-    box = lanes.lanes[0].parts[0].tables[0][0]
-    box[0, :, 0], box[0, :, 1] = -3e5, 3e5
-    q = 30 + random_heads(lanes, 2, 16, torch.float32)
-    logit = of_sentences(lanes, score_codes_triton(q, lanes, 0, scale=1.0, bits=2))
-    assert logit.isfinite().all()
+@pytest.mark.parametrize("factor", [0.0, 1e-4, 3e4])
+def test_kernel_on_queries_of_any_size(factor: float, kernel_device: torch.device) -> None:
+    """Queries are scaled to what half precision holds, each head's by its own largest."""
+    lanes = random_batch([[[4, 4]]], kernel_device, heads=2, tables="codes", spare=0)
+    q = random_heads(lanes, 4, 16, torch.float32)
+    q[:, :2] *= factor
+    scale = 1 / max(factor, 1)
+    got = of_sentences(lanes, score_codes_triton(q, lanes, 0, scale=scale, bits=2))
+    truth, slack = formula(lanes, 0, q, scale=scale, bits=2)
+    assert ((got - truth).abs() <= slack + 1e-5).all()
 
 
 @pytest.mark.usefixtures("poison")

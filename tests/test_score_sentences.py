@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.lanes import DTYPES, assert_as_good, random_batch, random_heads, random_lengths
-from triton_ops import Lanes, Scores
+from triton_ops import Lanes, Scores, unpack_box
 from triton_ops.score_sentences import Spread, score_sentences, score_sentences_ref, score_sentences_triton
 
 RAGGED = [[random_lengths(19, 8), [], [3] * 5], [[2, 8, 1]], [[4], random_lengths(17, 8, seed=1)]]
@@ -21,6 +21,13 @@ KINDS: list[tuple[Spread | None, bool]] = [
 ]
 
 
+def tables_of(spread: Spread | None) -> str:
+    """Which summaries have what is scored so."""
+    if spread == "range":
+        return "codes"
+    return "moments" if spread else "mean"
+
+
 def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, spread: Spread | None, log_length: bool) -> Tensor:
     """The logits of all sentences that lanes have, one after another, float64."""
     logits = []
@@ -28,11 +35,12 @@ def formula(lanes: Lanes, layer: int, q_BAH: Tensor, scale: float, spread: Sprea
         x_NGH = scale * q_BAH[b].double().unflatten(0, (lanes.num_kv_heads, -1))
         for part in lane.parts:
             for s in range(part.num_sentences):
-                plane_NPH = part.tables[layer][0][s].double()
+                plane_NPH = part.tables[layer][0][s]
                 if spread == "range":
-                    low, high = plane_NPH.unbind(dim=1)
+                    low, high = unpack_box(plane_NPH[None], q_BAH.shape[2])[0].double().unbind(dim=1)
                     # Half the variance of Gaussian numbers whose range is 3.74 standard deviations.
                     plane_NPH = torch.stack([(low + high) / 2, (high - low) ** 2 / 28], dim=1)
+                plane_NPH = plane_NPH.double()
                 logit_NG = (x_NGH * plane_NPH[:, None, 0]).sum(-1)
                 if spread is not None:
                     spread_NGH = x_NGH.abs() if spread == "abs" else x_NGH**2
@@ -59,7 +67,7 @@ def of_sentences(lanes: Lanes, scores: Scores) -> Tensor:
 
 @pytest.mark.parametrize(("spread", "log_length"), KINDS)
 def test_the_formula(spread: Spread | None, log_length: bool, device: torch.device) -> None:
-    lanes = random_batch(RAGGED, device, tables="moments" if spread else "mean", layers=(0, 2))
+    lanes = random_batch(RAGGED, device, tables=tables_of(spread), layers=(0, 2))
     q = random_heads(lanes, 6, 16, torch.float32)
     options = {"scale": 0.3, "spread": spread, "log_length": log_length}
     got = score_sentences_ref(q, lanes, 2, **options)
@@ -83,9 +91,7 @@ def test_kernel(
     """Few programs, so that some score several blocks; the queries are strided; the last lane is empty."""
     monkeypatch.setattr(importlib.import_module("triton_ops.score_sentences"), "_PROGRAMS", 1)
     for spread, log_length in KINDS[: 4 if dim < 256 else 1]:
-        lanes = random_batch(
-            RAGGED, kernel_device, heads=heads, dim=dim, dtype=dtype, tables="moments" if spread else "mean"
-        )
+        lanes = random_batch(RAGGED, kernel_device, heads=heads, dim=dim, dtype=dtype, tables=tables_of(spread))
         q = random_heads(lanes, heads * group, dim, dtype)
         options = {"scale": dim**-0.5, "spread": spread, "log_length": log_length}
         got = of_sentences(lanes, score_sentences_triton(q, lanes, 0, **options))

@@ -5,12 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.pack_box import WORD_BITS, packed_dim
+
 
 def encode_keys_ref(key_TNH: Tensor, box_SN2H: Tensor, offsets: Tensor, *, bits: int) -> Tensor:
-    """Packed codes, uint8 `[T, N, ceil(H * bits / 8)]`: in which of `2**bits` equal cells of the box each number lies.
+    """Packed codes, int16 `[T, N, P * bits / 16]`: in which of `2**bits` equal cells of the box each number lies.
 
-    Dimension h of a key is in byte `h % W` at bit `bits * (h // W)`, with `W` the number of bytes: a byte holds
-    dimensions that are `W` apart, so that unpacking gives contiguous runs.
+    Dimension h of a key is in word `h % W` at bit `bits * (h // W)`, with `W` the number of words: a word holds
+    dimensions that are `W` apart, so that unpacking gives contiguous runs. P is the `packed_dim` of H; codes of
+    dimensions beyond H are 0.
 
     Args:
         key_TNH: `[T, N, H]` keys of whole sentences.
@@ -26,14 +29,13 @@ def encode_keys_ref(key_TNH: Tensor, box_SN2H: Tensor, offsets: Tensor, *, bits:
     )
     low, high = box_SN2H.float()[sentence_of_token].unbind(dim=2)
     width = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
-    code = ((key_TNH.float() - low) / width * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.uint8)
-    per_byte = 8 // bits
-    num_bytes = -(-head_dim // per_byte)
-    code = torch.nn.functional.pad(code, (0, num_bytes * per_byte - head_dim))
-    packed = torch.zeros((num_tokens, num_heads, num_bytes), dtype=torch.uint8, device=key_TNH.device)
-    for i, part in enumerate(code.split(num_bytes, dim=-1)):
+    code = ((key_TNH.float() - low) / width * 2**bits).floor().clamp(0, 2**bits - 1).int()
+    dim = packed_dim(head_dim)
+    width = dim * bits // WORD_BITS.value
+    packed = torch.zeros((num_tokens, num_heads, width), dtype=torch.int32, device=code.device)
+    for i, part in enumerate(torch.nn.functional.pad(code, (0, dim - head_dim)).split(width, dim=-1)):
         packed |= part << (bits * i)
-    return packed
+    return packed.to(torch.int16)
 
 
 @triton.jit
@@ -62,7 +64,7 @@ def _encode_keys_kernel(
     for first in range(start, stop, BLOCK):
         t = first + tl.arange(0, BLOCK)
         packed = tl.zeros((BLOCK, WIDTH_BLOCK), tl.int32)
-        for i in tl.static_range(8 // BITS):
+        for i in tl.static_range(WORD_BITS // BITS):
             h = i * WIDTH + w
             in_head = (w < WIDTH) & (h < HEAD_DIM)
             low = tl.load(box_ptr + h, mask=in_head, other=0.0).to(tl.float32)
@@ -76,7 +78,7 @@ def _encode_keys_kernel(
         row = (t.to(tl.int64) * num_heads + n) * WIDTH
         tl.store(
             code_ptr + row[:, None] + w[None, :],
-            packed.to(tl.uint8),
+            packed.to(tl.int16),
             mask=(t < stop)[:, None] & (w < WIDTH)[None, :],
         )
 
@@ -89,8 +91,8 @@ def encode_keys_triton(key_TNH: Tensor, box_SN2H: Tensor, offsets: Tensor, *, bi
     assert key_TNH.stride(2) == 1
     assert box_SN2H.is_contiguous()
     assert offsets.is_contiguous()
-    width = triton.cdiv(head_dim, 8 // bits)
-    code = torch.empty((num_tokens, num_heads, width), dtype=torch.uint8, device=key_TNH.device)
+    width = packed_dim(head_dim) * bits // WORD_BITS.value
+    code = torch.empty((num_tokens, num_heads, width), dtype=torch.int16, device=key_TNH.device)
     if num_sentences:
         _encode_keys_kernel[(num_sentences, num_heads)](
             key_TNH,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import NUM_PARTS, NUM_SENTENCES, PARTS, PLACE, PLACE_LENGTH, Lanes, element_type
+from triton_ops.pack_box import LARGEST_EXTENT, MIDDLES, SCALE_BYTES, packed_dim, unpack_box
 
 Spread = Literal["square", "abs", "range"]
 
@@ -64,8 +65,8 @@ def score_sentences_ref(
     Args:
         q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
         lanes: each lane's first table of this layer is `[S, N, P, H]`, with P planes.
-        spread: `f`, the element-wise `square` or absolute value (`abs`); None: there is one plane. `range`: the planes
-            are the lowest and the highest number of each dimension; the logit is `x . mean + 1/2 x^2 . variance`, with
+        spread: `f`, the element-wise `square` or absolute value (`abs`); None: there is one plane. `range`: the table
+            is of boxes `[S, N, P + 4]`, as `pack_box` packs them; the logit is `x . mean + 1/2 x^2 . variance`, with
             the middle for the mean, and for the variance that of Gaussian numbers of such a range.
         log_length: whether the last term is there.
     """
@@ -76,10 +77,11 @@ def score_sentences_ref(
     for b, lane in enumerate(lanes.lanes):
         x_NGH = q_BAH[b].float().view(num_kv_heads, -1, q_BAH.shape[2]) * scale
         for part in lane.parts:
-            planes = part.tables[layer][0][: part.num_sentences].float()
+            planes = part.tables[layer][0][: part.num_sentences]
             if spread == "range":
-                low, high = planes.unbind(dim=2)
+                low, high = unpack_box(planes, q_BAH.shape[2]).unbind(dim=2)
                 planes = torch.stack([(low + high) / 2, (high - low).square() * (VARIANCE_OF_RANGE / 2)], dim=2)
+            planes = planes.float()
             part_NGS = torch.einsum("ngh,snh->ngs", x_NGH, planes[:, :, 0])
             if spread is not None:
                 spread_NGH = x_NGH.abs() if spread == "abs" else x_NGH.square()
@@ -91,14 +93,15 @@ def score_sentences_ref(
     return scores_of(logit, lanes)
 
 
-HALF_VARIANCE_OF_RANGE = tl.constexpr(VARIANCE_OF_RANGE / 2)
+HALF_VARIANCE = tl.constexpr(VARIANCE_OF_RANGE / 2 * (2 / LARGEST_EXTENT.value) ** 2)
+"""Of a range of one unit of half extents on either side, for a largest one of 1."""
 
 
 @triton.jit
-def store_extents(extent_ptr, top, total, head, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr):
-    """This program's share of `Scores.extent_BNGX2`; it is the program's number along the first axis."""
+def store_extents(extent_ptr, top, total, head, share, num_shares, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr):
+    """A program's share of `Scores.extent_BNGX2`."""
     g = tl.arange(0, GROUP_BLOCK)
-    extent_ptr += ((head * GROUP + g) * tl.num_programs(0) + tl.program_id(0)) * 2
+    extent_ptr += ((head * GROUP + g) * num_shares + share) * 2
     tl.store(extent_ptr, top, mask=g < GROUP)
     tl.store(extent_ptr + 1, total, mask=g < GROUP)
 
@@ -121,6 +124,7 @@ def _score_sentences_kernel(
     GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
+    BOX_DIM: tl.constexpr,
     NUM_PLANES: tl.constexpr,
     SQUARE: tl.constexpr,
     RANGE: tl.constexpr,
@@ -131,7 +135,8 @@ def _score_sentences_kernel(
     EARLY: tl.constexpr,
 ):
     """Products of tables and queries are exact: both are as they came. The square of a scaled query is no number of the
-    tables' precision; it goes in two parts, its rounding and the rest. So does the variance that is made of a range."""
+    tables' precision; it goes in two parts, its rounding and the rest. Middles and extents of packed boxes are small
+    integers until their products are scaled."""
     pid, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     address_ptr += b * num_address
     count_ptr += b * num_count
@@ -157,29 +162,38 @@ def _score_sentences_kernel(
     for part in range(num_parts):
         first = tl.load(address_ptr + PARTS + 4 * part)
         count = tl.load(address_ptr + PARTS + 4 * part + 1)
-        table_ptr = tl.multiple_of(tl.load(address_ptr + PARTS + 4 * part + 2).to(tl.pointer_type(DTYPE)), 16)
+        address = tl.load(address_ptr + PARTS + 4 * part + 2)
+        table_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        box_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 4)
         for block in range(pid.to(tl.int64), tl.cdiv(count, BLOCK), tl.num_programs(0)):
             s = block * BLOCK + tl.arange(0, BLOCK)
             there = s < count
             mask = there[:, None] & in_head[None, :]
-            rows = table_ptr + ((s * NUM_KV_HEADS + n) * (NUM_PLANES * HEAD_DIM))[:, None] + h[None, :]
-            plane0 = tl.load(rows, mask=mask, other=0.0)
-            if NUM_PLANES == 2:
-                plane1 = tl.load(rows + HEAD_DIM, mask=mask, other=0.0)
-            logit = tl.dot(plane0, q, input_precision=PRECISION)
             if RANGE:
-                logit = tl.dot(plane1, q, logit, input_precision=PRECISION) * 0.5
-                width = plane1.to(tl.float32) - plane0.to(tl.float32)
-                variance = tl.minimum(width * width * HALF_VARIANCE_OF_RANGE, 65504.0)
-                plane1 = variance.to(DTYPE)
-                plane1_rest = (variance - plane1.to(tl.float32)).to(DTYPE)
-            logit = logit * scale
+                row = (s * NUM_KV_HEADS + n) * (BOX_DIM + SCALE_BYTES)
+                pair = 2 * (h % (BOX_DIM // 2)) + h // (BOX_DIM // 2)
+                box = tl.load(box_ptr + row[:, None] + pair[None, :], mask=mask, other=0)
+                scale_ptr = (box_ptr + row + BOX_DIM).to(tl.pointer_type(tl.float16))
+                step = tl.load(scale_ptr, mask=there, other=0.0).to(tl.float32)
+                largest = tl.load(scale_ptr + 1, mask=there, other=0.0).to(tl.float32)
+                plane0 = ((box & 15).to(tl.int32) - (MIDDLES + 1)).to(tl.float32).to(DTYPE)
+                extent = ((box >> 4).to(tl.int16) << 9).to(tl.float16, bitcast=True).to(tl.float32) * 2.0**14
+                plane1 = (extent * extent).to(DTYPE)
+            else:
+                rows = table_ptr + ((s * NUM_KV_HEADS + n) * (NUM_PLANES * HEAD_DIM))[:, None] + h[None, :]
+                plane0 = tl.load(rows, mask=mask, other=0.0)
+                if NUM_PLANES == 2:
+                    plane1 = tl.load(rows + HEAD_DIM, mask=mask, other=0.0)
+            logit = tl.dot(plane0, q, input_precision=PRECISION) * scale
+            if RANGE:
+                logit *= step[:, None]
             if NUM_PLANES == 2:
                 if SQUARE:
                     second = tl.dot(plane1, rest, input_precision=PRECISION)
+                    second = tl.dot(plane1, spread, second, input_precision=PRECISION)
                     if RANGE:
-                        second = tl.dot(plane1_rest, spread, second, input_precision=PRECISION)
-                    logit += tl.dot(plane1, spread, second, input_precision=PRECISION)
+                        second *= (largest * largest * HALF_VARIANCE)[:, None]
+                    logit += second
                 else:
                     logit += tl.dot(plane1, spread, input_precision=PRECISION) * scale
             if LOG_LENGTH:
@@ -192,7 +206,8 @@ def _score_sentences_kernel(
             now = tl.maximum(top, tl.max(logit, axis=0))
             total = total * tl.exp(top - now) + tl.sum(tl.exp(logit - now[None, :]), axis=0)
             top = now
-    store_extents(extent_ptr, top, total, (b * NUM_KV_HEADS + n).to(tl.int64), GROUP, GROUP_BLOCK)
+    head = (b * NUM_KV_HEADS + n).to(tl.int64)
+    store_extents(extent_ptr, top, total, head, pid, tl.num_programs(0), GROUP, GROUP_BLOCK)
 
 
 def score_sentences_triton(
@@ -226,6 +241,7 @@ def score_sentences_triton(
         GROUP_BLOCK=max(8, triton.next_power_of_2(num_heads // num_kv_heads)),
         HEAD_DIM=head_dim,
         HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
+        BOX_DIM=packed_dim(head_dim),
         NUM_PLANES=1 if spread is None else 2,
         SQUARE=spread in ("square", "range"),
         RANGE=spread == "range",
