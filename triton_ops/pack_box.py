@@ -63,7 +63,7 @@ def unpack_box(packed_SNW: Tensor, head_dim: int) -> Tensor:
     byte_SNH = packed_SNW[..., :dim].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).int()
     middle = ((byte_SNH & 15) - (MIDDLES.value + 1)).float() * step
     half = _extents().to(step.device)[byte_SNH >> 4] * (largest / LARGEST_EXTENT.value)
-    return torch.stack([middle - half, middle + half], dim=2)[..., :head_dim]
+    return torch.stack([middle - half, middle + half], dim=2)[..., :head_dim].contiguous()
 
 
 def _up(scale: Tensor) -> Tensor:
