@@ -44,7 +44,9 @@ def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
             assert row["mass_of_sentences"] < row["mass"] < 1
     oracle, codes, fine, mean = (rows[name, 128] for name in ("oracle", "codes", "codes:bits=4", "mean"))
     assert min(oracle["needed"], fine["needed"]) > 0.95 > mean["needed"]
-    assert oracle["mass_of_sentences"] > fine["mass_of_sentences"] > codes["mass_of_sentences"] > 0
+    # The group takes a head's largest share, which is not what makes the mean mass largest: bits can gain a little.
+    assert fine["mass_of_sentences"] == pytest.approx(oracle["mass_of_sentences"], abs=0.01)
+    assert min(oracle["mass_of_sentences"], fine["mass_of_sentences"]) > codes["mass_of_sentences"] > 0
     assert mean["needed_rank_median"] >= oracle["needed_rank_median"] == 1
     assert oracle["summary_bytes_per_token"] == 0 < mean["summary_share_of_kv"] < codes["summary_share_of_kv"]
     # Two and four bits of 64 dimensions, 2 heads, 8 layers.
