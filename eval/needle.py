@@ -8,11 +8,12 @@ prose, or files of your own with `--text`. Prints a table, then one JSON line.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from rich.table import Table
 
 import sentencekv
 from sentencekv import Document, LongContextLM
+from sentencekv.engine import SHAPING
 from sentencekv.files import TextError, load_text
 from sentencekv.needles import Fact, Hidden, hide, is_right, make_facts
 from sentencekv.prose import generate_prose
@@ -74,6 +76,15 @@ def load_texts(paths: Sequence[Path] | None) -> list[str]:
         return [load_text(str(path)).text for path in paths or []]
     except (OSError, TextError) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@contextlib.contextmanager
+def under(lm: LongContextLM, document: Document, text: str) -> Iterator[Document]:
+    """The document under another configuration; read again where that one cuts the text otherwise."""
+    config = document._contents.session.config
+    shared = all(getattr(config, name) == getattr(lm.config, name) for name in SHAPING)
+    with lm.adopt(document) if shared else lm.read(text) as other:
+        yield other
 
 
 def whole_numbers(given: str, name: str) -> list[int]:
@@ -138,7 +149,7 @@ def main(
                     for (name, budget), engine in engines.items():
                         bar.update(task, description=f"{name} {budget} at {length}")
                         key = (name, budget, length)
-                        with engine.adopt(document) as adopted:
+                        with under(engine, document, case.hidden.text) as adopted:
                             right[key] = right.get(key, 0) + sum(score(adopted, case))
                         bar.advance(task)
     table = Table("policy", "budget", *[f"{length} tokens" for length in lengths])

@@ -36,6 +36,7 @@ from eval.needle import Case, environment, load_texts, make_cases, progress_bar,
 from sentencekv import Document, LongContextLM
 from sentencekv.attention import run_model
 from sentencekv.batch import LaneBatch, SessionBatch
+from sentencekv.engine import SHAPING
 from sentencekv.needles import Fact
 from sentencekv.policies import parse
 from sentencekv.prompts import encode_appended
@@ -252,21 +253,37 @@ def study(
         engines: by policy and budget, made of `lm` by `with_config`.
     """
     figures = {key: Figures() for key in engines}
+    # Those that cut a text alike look at one reading of it.
+    alike: dict[tuple[Any, ...], dict[tuple[str, int], LongContextLM]] = {}
+    for key, engine in engines.items():
+        alike.setdefault(tuple(getattr(engine.config, name) for name in SHAPING), {})[key] = engine
     for case in cases:
-        with lm.read(case.hidden.text) as document:
-            text = Text(document, choosers_of(document, engines))
-            for fact, span in zip(case.facts, case.hidden.spans, strict=True):
-                watch_answer(text, fact, Watch(text, text.sentences_of(*span), figures))
-            for chooser in text.choosers:
-                found = figures[chooser.name, chooser.budget]
-                dense_bytes = chooser.session.dense_bytes * 2 / lm.model.dtype.itemsize
-                found.bytes_per_token += chooser.summary_bytes / document.num_tokens / len(cases)
-                found.kv_share += chooser.summary_bytes / dense_bytes / len(cases)
-                if chooser.name != ORACLE:
-                    with engines[chooser.name, chooser.budget].adopt(document) as adopted:
-                        found.right += sum(score(adopted, case))
+        for shape, some in alike.items():
+            with lm.with_config(**dict(zip(SHAPING, shape, strict=True))).read(case.hidden.text) as document:
+                look(document, some, case, figures, len(cases))
         tick()
     return figures
+
+
+def look(
+    document: Document,
+    engines: dict[tuple[str, int], LongContextLM],
+    case: Case,
+    figures: dict[tuple[str, int], Figures],
+    num_cases: int,
+) -> None:
+    """Add the figures of one reading."""
+    text = Text(document, choosers_of(document, engines))
+    for fact, span in zip(case.facts, case.hidden.spans, strict=True):
+        watch_answer(text, fact, Watch(text, text.sentences_of(*span), figures))
+    for chooser in text.choosers:
+        found = figures[chooser.name, chooser.budget]
+        dense_bytes = chooser.session.dense_bytes * 2 / document._engine.model.dtype.itemsize
+        found.bytes_per_token += chooser.summary_bytes / document.num_tokens / num_cases
+        found.kv_share += chooser.summary_bytes / dense_bytes / num_cases
+        if chooser.name != ORACLE:
+            with engines[chooser.name, chooser.budget].adopt(document) as adopted:
+                found.right += sum(score(adopted, case))
 
 
 def row_of(key: tuple[str, int], context: int, found: Figures, asked: int) -> dict[str, Any]:

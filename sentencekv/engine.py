@@ -6,6 +6,7 @@ of how models are loaded or of what a document is.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -50,9 +51,11 @@ class Engine:
         self.model = model
         self.layers = layers or FusedLayers(model)
         self.tokenizer = tokenizer
-        self.config = config
-        self.memory = memory
+        self.chosen = config
+        """As it was given; `config` is what holds, with the settings that the policy brings."""
         self.policy = policies.load(config.policy, config.policy_options)
+        self.config = dataclasses.replace(config, **self.policy.settings)
+        self.memory = memory
         self.stepper = Stepper(model, self.policy, layers=self.layers)
         self.owner = Owner(model, tokenizer)
         self._stop_ids = _stop_ids(model, tokenizer)

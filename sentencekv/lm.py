@@ -88,7 +88,7 @@ class LongContextLM:
     def with_config(self, **changes: Any) -> LongContextLM:
         """The same model under another configuration, for comparisons; documents are not carried over."""
         engine = self._engine
-        config = _make_config(changes, engine.config)
+        config = _make_config(changes, engine.chosen)
         memory = engine.memory
         if (config.host_memory_bytes, config.spill_folder) != (memory.limit_bytes, memory.spill_folder):
             memory = _make_memory(config, pinned=memory.pinned)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sentencekv import policies
+from sentencekv import LongContextLM, policies
 from sentencekv.policies import Policy
 from tests.lanes import random_lengths
 from triton_ops import encode_keys, score_sentences, select_sentences
@@ -15,7 +15,7 @@ SELECTING = [name for name in policies.available() if policies.policy_class(name
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert {"box", "codes", "full", "mean", "moments", "rerank", "window"} <= set(policies.available())
+    assert {"box", "codes", "full", "mean", "moments", "pages", "rerank", "window"} <= set(policies.available())
     for name in policies.available():
         assert isinstance(policies.load(name), Policy)
         assert policies.policy_class(name).describe()
@@ -23,7 +23,7 @@ def test_the_folder_is_the_registry() -> None:
 
 def test_unknown_names_are_refused_with_the_list() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown policy 'momentz'; available: box, codes, full, mean, moments, rerank, window"
+        ValueError, match=r"unknown policy 'momentz'; available: box, codes, full, mean, moments, pages, rerank, window"
     ):
         policies.load("momentz")
     with pytest.raises(ValueError, match=r"unknown option 'groups' of policy 'mean'; it has: group"):
@@ -203,6 +203,20 @@ def test_a_shortlist_decides_what_codes_see(device: torch.device) -> None:
     assert not torch.equal(chosen[0], chosen[3])
     with pytest.raises(ValueError, match="shortlist must be at least 2, got 1"):
         policies.load("rerank", {"shortlist": 1})
+
+
+def test_pages_are_pages(prose: str) -> None:
+    """16 tokens each, whatever the text; sentences come back with the next policy."""
+    lm = LongContextLM.from_pretrained("pocket", device="cpu", policy="pages", budget_tokens=256)
+    assert lm.config.max_sentence_tokens == 16
+    with lm.read(prose) as document:
+        spans = document._contents.session.sentence_spans()
+        assert len(spans) > 10
+        assert {stop - start for start, stop in spans} == {16}
+    other = lm.with_config(policy="codes")
+    assert (other.config.max_sentence_tokens, other.config.splitter) == (32, None)
+    with lm.read(prose) as document, pytest.raises(ValueError, match="was read with max_sentence_tokens=16"):
+        other.adopt(document)
 
 
 @pytest.mark.parametrize("outliers", [1.0, 12.0])

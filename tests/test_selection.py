@@ -14,7 +14,7 @@ from sentencekv import LongContextLM
 
 SMALL: dict[str, Any] = {
     "model": "pocket",
-    "policies": "codes,codes:bits=4,mean",
+    "policies": "codes,codes:bits=4,mean,pages",
     "budgets": "128,4000",
     "contexts": "700",
     "cases": 1,
@@ -30,7 +30,7 @@ def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     selection.main(**{**SMALL, "save_plot": tmp_path / "study.png"})
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {(row["policy"], row["budget_tokens"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 4 * 2
+    assert len(rows) == len(result["rows"]) == 5 * 2
     for (_, budget), row in rows.items():
         assert row["needed_heads"] > 10
         assert row["mass"] == pytest.approx(sum(row["mass_by_layer"]) / 8)
@@ -52,6 +52,7 @@ def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     # Two and four bits of 64 dimensions, 2 heads, 8 layers.
     more = fine["summary_bytes_per_token"] - codes["summary_bytes_per_token"]
     assert more == pytest.approx(2 / 8 * 64 * 2 * 8, rel=0.2)
+    assert 0 < rows["pages", 128]["needed"] < oracle["needed"]
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -33,6 +33,9 @@ class Policy:
     reads: ClassVar[Literal["selected", "recent", "everything"]] = "selected"
     """`recent`: sink, window and tail only. `everything`: exact attention over all tiers. Neither keeps summaries."""
 
+    settings: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `Config` that the policy is defined by; they stand in for the configuration's own."""
+
     group: Group = "max"
     """How the query heads that share a KV head agree on one choice: `max` or `mean` of their shares."""
 

@@ -1,0 +1,21 @@
+"""Quest: pages of 16 tokens instead of sentences."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from sentencekv.policies.box import Box
+from sentencekv.sentences import no_ends
+
+_PAGE_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pages(Box):
+    """Score the upper bound of `q . k` over pages of 16 tokens, wherever sentences end (Quest, arXiv:2406.10774)."""
+
+    settings: ClassVar[Mapping[str, Any]] = {
+        "splitter": no_ends,
+        "max_sentence_tokens": _PAGE_TOKENS,
+        "min_sentence_tokens": _PAGE_TOKENS,
+    }
