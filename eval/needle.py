@@ -2,8 +2,9 @@
 
     python -m eval.needle --policies full,codes,moments,mean,window --budgets 256 --contexts 4096
 
-Each text is read once; every policy gets the same questions about it, with greedy decoding. The text is generated
-prose, or files of your own with `--text`. Prints a table, then one JSON line.
+Each text is read once; every policy gets the same questions about it, with greedy decoding. `snapkv` and `h2o`, which
+evict, may stand among the policies, for comparison (`eval/evicting.py`). The text is generated prose, or files of your
+own with `--text`. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import platform
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import transformers
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import sentencekv
+from eval.evicting import METHODS, Evicting, Method
 from sentencekv import Document, LongContextLM
 from sentencekv.engine import SHAPING
 from sentencekv.files import TextError, load_text
@@ -115,7 +117,9 @@ def progress_bar() -> Progress:
 
 def main(
     model: Annotated[str, typer.Option(help="Model folder, hub name, or 'pocket'.")] = "pocket",
-    policies: Annotated[str, typer.Option(help="Comma-separated policies.")] = "full,codes,moments,box,mean,window",
+    policies: Annotated[
+        str, typer.Option(help="Comma-separated policies; also snapkv and h2o.")
+    ] = "full,codes,moments,box,mean,window",
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in tokens.")] = "256",
     contexts: Annotated[str, typer.Option(help="Comma-separated context lengths in tokens.")] = "4096",
     cases: Annotated[int, typer.Option(min=1, help="Texts per length.")] = 3,
@@ -135,7 +139,10 @@ def main(
         for budget in ([lm.config.budget_tokens] if name == "full" else sizes)
     ]
     try:
-        engines = {(name, budget): lm.with_config(policy=name, budget_tokens=budget) for name, budget in pairs}
+        engines = {
+            (name, budget): lm.with_config(policy="full" if name in METHODS else name, budget_tokens=budget)
+            for name, budget in pairs
+        }
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     right: dict[tuple[str, int, int], int] = {}
@@ -149,8 +156,13 @@ def main(
                     for (name, budget), engine in engines.items():
                         bar.update(task, description=f"{name} {budget} at {length}")
                         key = (name, budget, length)
-                        with under(engine, document, case.hidden.text) as adopted:
-                            right[key] = right.get(key, 0) + sum(score(adopted, case))
+                        if name in METHODS:
+                            evicting = Evicting(cast(Method, name), budget, document)
+                            found = [is_right(evicting.ask(fact.question), fact) for fact in case.facts]
+                        else:
+                            with under(engine, document, case.hidden.text) as adopted:
+                                found = score(adopted, case)
+                        right[key] = right.get(key, 0) + sum(found)
                         bar.advance(task)
     table = Table("policy", "budget", *[f"{length} tokens" for length in lengths])
     for name, budget in engines:

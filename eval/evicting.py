@@ -1,0 +1,146 @@
+"""KV methods that evict: SnapKV and H2O. For comparison only: what they drop is gone, whatever is asked later.
+
+Both read the text and a question with dense attention, keep `budget_tokens` of the text for each KV head and layer, and
+decode the answer from these, the question and what was generated. Written plainly, for whatever device the model is on;
+layers with a sliding window keep what they see.
+
+    snapkv  the tokens that the last 32 tokens of the prompt attend to most, weights smoothed over 7 tokens
+            (Li et al., 2024, arXiv:2404.14469). The question is known before anything is dropped.
+    h2o     half the tokens that all of the prompt attended to most, half the most recent
+            (Zhang et al., 2023, arXiv:2306.14048). Nothing more is dropped while answering.
+
+Query heads that share a KV head add up their weights.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sentencekv import Document
+from sentencekv.attention import run_model
+from sentencekv.engine import Engine
+from sentencekv.prompts import encode_appended
+
+Method = Literal["snapkv", "h2o"]
+METHODS: tuple[str, ...] = get_args(Method)
+_OBSERVED_TOKENS = 32
+"""SnapKV: the last tokens of the prompt, whose weights decide."""
+_SMOOTHED_TOKENS = 7
+"""SnapKV: a token's weight is the largest in a run of so many around it."""
+_CHUNK_TOKENS = 256
+
+
+class PlainKV:
+    """All KV in one tensor for each layer, and plain attention over it: stands where a session would."""
+
+    def __init__(self, other: PlainKV | None = None) -> None:
+        self.kv_of_layer: dict[int, Tensor] = dict(other.kv_of_layer) if other else {}
+        """`[N, T, 2, H]`."""
+        self.sums_of_layer: dict[int, Tensor] = dict(other.sums_of_layer) if other else {}
+        """`[N, T]`: attention that each token got from all queries of the heads that share its KV head."""
+        self.last_of_layer: dict[int, Tensor] = {}
+        """`[N, L, T]`: the weights of the last pass, of those heads together."""
+
+    def attend(
+        self,
+        layer: int,
+        q_ALH: Tensor,
+        k_NLH: Tensor,
+        v_NLH: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """As a session's."""
+        new = torch.stack([k_NLH, v_NLH], dim=2)
+        kv_NTH = torch.cat([self.kv_of_layer[layer], new], dim=1) if layer in self.kv_of_layer else new
+        self.kv_of_layer[layer] = kv_NTH
+        num_heads, num_tokens = kv_NTH.shape[:2]
+        num_new = new.shape[1]
+        logit_NGLT = torch.einsum("nglh,nth->nglt", q_ALH.unflatten(0, (num_heads, -1)), kv_NTH[:, :, 0]).float()
+        logit_NGLT *= scale
+        if softcap is not None:
+            logit_NGLT = softcap * torch.tanh(logit_NGLT / softcap)
+        # Rows that were dropped are all in the past: only the distance to new ones matters.
+        ahead_LT = torch.arange(num_tokens, device=new.device) - torch.arange(
+            num_tokens - num_new, num_tokens, device=new.device
+        ).unsqueeze(1)
+        hidden_LT = ahead_LT > 0
+        if sliding_window is not None:
+            hidden_LT |= ahead_LT <= -sliding_window
+        weight_NGLT = logit_NGLT.masked_fill_(hidden_LT, -torch.inf).softmax(dim=-1)
+        if sliding_window is None:
+            self.last_of_layer[layer] = weight_NGLT.sum(1)
+            sums_NT = self.last_of_layer[layer].sum(1)
+            if layer in self.sums_of_layer:
+                sums_NT[:, :-num_new] += self.sums_of_layer[layer]
+            self.sums_of_layer[layer] = sums_NT
+        output_NGLH = torch.einsum("nglt,nth->nglh", weight_NGLT.to(kv_NTH.dtype), kv_NTH[:, :, 1])
+        return output_NGLH.flatten(0, 1)
+
+
+class Evicting:
+    """Asks questions of a document under a method that evicts."""
+
+    def __init__(self, method: Method, budget_tokens: int, document: Document) -> None:
+        """Reads the document's prompt again, densely: time and memory grow with the square of its length."""
+        self._method, self._budget = method, budget_tokens
+        self._engine: Engine = document._engine
+        self._contents = document._contents
+        self._text = PlainKV()
+        ids = self._contents.prompt.token_ids
+        self._num_tokens = len(ids)
+        for start in range(0, len(ids), _CHUNK_TOKENS):
+            self._run(self._text, ids[start : start + _CHUNK_TOKENS], start)
+
+    @torch.inference_mode()
+    def _run(self, kv: PlainKV, ids: list[int], start: int) -> int:
+        """One pass over the tokens `ids` from position `start` on; the likeliest next token."""
+        device = self._engine.model.device
+        positions = torch.arange(start, start + len(ids), device=device)
+        logits = run_model(self._engine.model, torch.tensor(ids, device=device), positions, kv, keep=1)  # type: ignore[arg-type]
+        return int(logits[-1].argmax())
+
+    def ask(self, question: str, max_new_tokens: int = 48) -> str:
+        """The answer, decoded greedily."""
+        engine, contents = self._engine, self._contents
+        asked = contents.frame.between + question + contents.frame.after
+        ids = encode_appended(engine.tokenizer, contents.prompt.text, asked, engine.config).token_ids
+        kv = PlainKV(self._text)
+        token = self._run(kv, ids, self._num_tokens)
+        for layer in kv.last_of_layer:
+            self._evict(kv, layer, len(ids))
+        answer: list[int] = []
+        while token not in engine._stop_ids and len(answer) < max_new_tokens:
+            answer.append(token)
+            token = self._run(kv, [token], self._num_tokens + len(ids) + len(answer) - 1)
+        return str(engine.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def _evict(self, kv: PlainKV, layer: int, num_asked: int) -> None:
+        """Keep the budget of the text, and the question."""
+        num_text = self._num_tokens
+        if num_text <= self._budget:
+            return
+        if self._method == "snapkv":
+            # A short question is what there is to observe; the text before it was not kept for that.
+            weight_NT = kv.last_of_layer[layer][:, -_OBSERVED_TOKENS:, :num_text].sum(1)
+            weight_NT = torch.nn.functional.max_pool1d(
+                weight_NT, _SMOOTHED_TOKENS, stride=1, padding=_SMOOTHED_TOKENS // 2
+            )
+            kept_NT = weight_NT.topk(self._budget, dim=1).indices
+        else:
+            num_recent = self._budget // 2
+            weight_NT = kv.sums_of_layer[layer][:, : num_text - num_recent]
+            heavy_NT = weight_NT.topk(self._budget - num_recent, dim=1).indices
+            recent = torch.arange(num_text - num_recent, num_text, device=heavy_NT.device)
+            kept_NT = torch.cat([heavy_NT, recent.expand(len(heavy_NT), -1)], dim=1)
+        asked = torch.arange(num_text, num_text + num_asked, device=kept_NT.device)
+        index_NT = torch.cat([kept_NT.sort(dim=1).values, asked.expand(len(kept_NT), -1)], dim=1)
+        full_NTH = kv.kv_of_layer[layer]
+        kv.kv_of_layer[layer] = full_NTH.gather(1, index_NT[:, :, None, None].expand(-1, -1, *full_NTH.shape[2:]))
+        # Later weights have other columns.
+        kv.sums_of_layer.pop(layer, None)
