@@ -1,10 +1,11 @@
-"""How much of what a token reads was read shortly before: hit rates of the hot set on real text, by its size.
+"""How much of what a token reads was read before: hit rates of the hot set on real text, by its size, and drift.
 
     python -m benchmarks.locality --text book.txt --context 32768 --budgets 512,2048
 
 Reads the first part of a text, then feeds its next tokens one by one, as generation would if it wrote that text. Every
 selection is recorded, and hot sets of several sizes are simulated on the record (least recently used leaves, as in the
-engine); the engine's own hit rate is printed beside the simulation of its own size, which it must equal.
+engine); the engine's own hit rate is printed beside the simulation of its own size, which it must equal. Drift is the
+share of a selection that was also selected so many tokens before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from sentencekv.files import TextError, load_text
 from sentencekv.policies import Policy, available, load
 from sentencekv.prompts import encode, section
 from triton_ops import Lanes
+
+_LAGS = (1, 8, 64)
+"""Tokens between two selections that are compared."""
 
 Selections = dict[tuple[int, int], list[list[int]]]
 """For each layer and KV head, the sentences selected at each step."""
@@ -52,6 +56,15 @@ def hit_rate(selections: Selections, num_slots: int) -> float:
     return hits / max(total, 1)
 
 
+def overlap(selections: Selections, lag: int) -> float | None:
+    """Share of what a step selects that the step `lag` before it selected; None: there are too few steps."""
+    same = total = 0
+    for steps in selections.values():
+        for before, now in zip(steps, steps[lag:], strict=False):
+            same, total = same + len(set(before) & set(now)), total + len(now)
+    return same / total if total else None
+
+
 def record(lm: LongContextLM, text: str, context_tokens: int, num_steps: int) -> tuple[Selections, dict[str, Any]]:
     """Selections while `num_steps` tokens of a text are fed after `context_tokens` of it; what the engine counted."""
     engine = lm._engine
@@ -72,8 +85,9 @@ def record(lm: LongContextLM, text: str, context_tokens: int, num_steps: int) ->
             selections.setdefault((layer, head), []).append([sentence for sentence in ids if sentence >= 0])
         return selected
 
-    original = Policy.select
-    with mock.patch.object(Policy, "select", select):
+    own = type(engine.policy)
+    original = own.select
+    with mock.patch.object(own, "select", select):
         for step in range(num_steps):
             engine.stepper.step([session], [prompt.token_ids[context_tokens + step]])
     lane = session.lane()
@@ -125,14 +139,19 @@ def main(
                 multiple: hit_rate(selections, max(int(multiple * budget / slot_tokens), most_selected(selections)))
                 for multiple in multiples
             }
-            rows.append({"policy": name, "budget_tokens": budget, **counted, "hit_rate_of_size": by_size})
+            same = {lag: overlap(selections, lag) for lag in _LAGS}
+            rows.append(
+                {"policy": name, "budget_tokens": budget, **counted, "hit_rate_of_size": by_size, "same_after": same}
+            )
     header = ["policy", "budget", "engine's own", *(f"{multiple:g} budgets" for multiple in multiples)]
+    header += [f"same {lag} before" for lag in _LAGS]
     cells = [
         [
             row["policy"],
             str(row["budget_tokens"]),
             f"{row['hit_rate']:.3f}",
             *(f"{row['hit_rate_of_size'][multiple]:.3f}" for multiple in multiples),
+            *("-" if row["same_after"][lag] is None else f"{row['same_after'][lag]:.3f}" for lag in _LAGS),
         ]
         for row in rows
     ]

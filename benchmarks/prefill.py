@@ -293,7 +293,7 @@ def text_of_check(checked: dict[str, Any]) -> str:
 def main(
     shape: Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")] = "llama-8b",
     contexts: Annotated[str, typer.Option(help="Tokens of prompt, separated by commas.")] = "32768,131072",
-    policy: Annotated[str, typer.Option(help="Policy, or policy:option=number.")] = Config().policy,
+    policy: Annotated[str, typer.Option(help="Policy, or policy:option=value.")] = Config().policy,
     kv_dtype: Annotated[str, typer.Option(help="Precision of the host tier: auto, fp8, int8 or int4.")] = "auto",
     chunk: Annotated[int | None, typer.Option(help="Tokens of one forward pass; default as the library's.")] = None,
     repeats: Annotated[int, typer.Option(min=0, help="Warm readings of each prompt.")] = 2,

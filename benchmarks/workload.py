@@ -236,7 +236,7 @@ class Context:
 
 
 def config_of(policy: str, budget_tokens: int, kv_dtype: str = "auto") -> Config:
-    """The configuration of a policy written as `name` or `name:option=number:option=number`.
+    """The configuration of a policy written as `name` or `name:option=value:option=value`.
 
     Raises ValueError, with what is known, on an unknown policy, option or `kv_dtype`, or a budget that is too small.
     """

@@ -16,7 +16,7 @@ import platform
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import torch
 import transformers
@@ -31,6 +31,7 @@ from sentencekv import Document, LongContextLM
 from sentencekv.engine import SHAPING
 from sentencekv.files import TextError, load_text
 from sentencekv.needles import Fact, Hidden, hide, is_right, make_facts
+from sentencekv.policies import parse
 from sentencekv.prose import generate_prose
 
 _ROOM_FOR_QUESTION = 160
@@ -89,6 +90,12 @@ def under(lm: LongContextLM, document: Document, text: str) -> Iterator[Document
         yield other
 
 
+def as_config(policy: str) -> dict[str, Any]:
+    """Configuration of a policy written as `name` or `name:option=value`."""
+    name, options = parse(policy)
+    return {"policy": name, "policy_options": options}
+
+
 def whole_numbers(given: str, name: str) -> list[int]:
     """Numbers separated by commas."""
     try:
@@ -140,7 +147,7 @@ def main(
     ]
     try:
         engines = {
-            (name, budget): lm.with_config(policy="full" if name in METHODS else name, budget_tokens=budget)
+            (name, budget): lm.with_config(**as_config("full" if name in METHODS else name), budget_tokens=budget)
             for name, budget in pairs
         }
     except ValueError as error:

@@ -15,15 +15,20 @@ budget:
     rank          of that sentence in the policy's order, median over those heads
     answers       right answers when the policy decodes by itself
     bytes         of summaries per token of context and their share of the KV, both as with a model in 16 bits
+
+`--trace FILE` also writes what was chosen: a JSON object per line. The first of each reading has its `sentences`, as
+texts; those after it, for every token of an answer, policy, budget and layer, the `chosen` sentences of each KV head.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import torch
 import typer
@@ -32,13 +37,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from eval.needle import Case, environment, load_texts, make_cases, progress_bar, score, whole_numbers
+from eval.needle import Case, as_config, environment, load_texts, make_cases, progress_bar, score, whole_numbers
 from sentencekv import Document, LongContextLM
 from sentencekv.attention import run_model
 from sentencekv.batch import LaneBatch, SessionBatch
 from sentencekv.engine import SHAPING
 from sentencekv.needles import Fact
-from sentencekv.policies import parse
 from sentencekv.prompts import encode_appended
 from sentencekv.session import Session
 from triton_ops import Lanes
@@ -138,6 +142,26 @@ class Text:
         return found
 
 
+class Trace:
+    """Writes what was chosen, a JSON object per line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def reading(self, text: Text) -> None:
+        """What comes next is of this text."""
+        prompt = text.contents.prompt
+        edges = [
+            (int(prompt.spans[first:stop, 0].min()), int(prompt.spans[first:stop, 1].max()))
+            for first, stop in text.spans
+        ]
+        self._file.write(json.dumps({"sentences": [prompt.text[start:stop] for start, stop in edges]}) + "\n")
+
+    def chosen(self, token: dict[str, Any], choice: dict[str, Any]) -> None:
+        """One policy's choice in one layer for a token of an answer."""
+        self._file.write(json.dumps({**token, **choice}) + "\n")
+
+
 class Watch:
     """Stands between a model and a session: hands every layer's queries to the choosers, then lets it attend."""
 
@@ -146,6 +170,8 @@ class Watch:
         self.counts = False
         """Whether this pass is one of the answer's tokens; what was before it is only remembered."""
         self._text, self._needed, self._figures = text, list(needed), figures
+        self.trace: Callable[[dict[str, Any]], None] | None = None
+        """Given what each chooser chose."""
         self._later_of_layer: dict[int, list[Tensor]] = {}
 
     def attend(
@@ -189,6 +215,9 @@ class Watch:
         for chooser in text.choosers:
             figures = self._figures[chooser.name, chooser.budget]
             chosen_NS, order_NS = chooser.choose(q_AH, layer, scale, mass_NGS)
+            if self.trace is not None:
+                chosen = [row.nonzero().flatten().tolist() for row in chosen_NS]
+                self.trace({"policy": chooser.name, "budget": chooser.budget, "layer": layer, "chosen": chosen})
             of_chosen_NG = (mass_NGS * chosen_NS[:, None]).sum(-1)
             read_NT = torch.ones(num_heads, num_tokens, dtype=torch.bool, device=kv_NTH.device)
             read_NT[:, first:stop] = chosen_NS.repeat_interleave(text.lengths, dim=1)
@@ -210,7 +239,7 @@ class Watch:
 
 
 @torch.inference_mode()
-def watch_answer(text: Text, fact: Fact, watch: Watch) -> None:
+def watch_answer(text: Text, fact: Fact, watch: Watch, trace: Trace | None = None) -> None:
     """Ask for a fact with dense attention, token by token."""
     engine, contents = text.engine, text.contents
     asked = contents.frame.between + fact.question + contents.frame.after
@@ -218,6 +247,9 @@ def watch_answer(text: Text, fact: Fact, watch: Watch) -> None:
     session = contents.session.fork()
     for number in range(_ANSWER_TOKENS):
         watch.counts = number > 0
+        if trace is not None and number:
+            token = engine.tokenizer.decode(ids)
+            watch.trace = functools.partial(trace.chosen, {"question": fact.question, "number": number, "token": token})
         watch.batch = SessionBatch([session], [len(ids)])
         session.begin(len(ids), exact=True)
         at = torch.arange(session.num_tokens, session.num_tokens + len(ids), device=session.device)
@@ -245,12 +277,14 @@ def study(
     engines: dict[tuple[str, int], LongContextLM],
     cases: Sequence[Case],
     tick: Callable[[], None] = lambda: None,
+    trace: Trace | None = None,
 ) -> dict[tuple[str, int], Figures]:
     """Figures of every policy and budget over cases of one length.
 
     Args:
         lm: reads the texts and asks with dense attention: policy `full`.
         engines: by policy and budget, made of `lm` by `with_config`.
+        trace: is told everything that was chosen.
     """
     figures = {key: Figures() for key in engines}
     # Those that cut a text alike look at one reading of it.
@@ -260,7 +294,7 @@ def study(
     for case in cases:
         for shape, some in alike.items():
             with lm.with_config(**dict(zip(SHAPING, shape, strict=True))).read(case.hidden.text) as document:
-                look(document, some, case, figures, len(cases))
+                look(document, some, case, figures, len(cases), trace)
         tick()
     return figures
 
@@ -271,11 +305,14 @@ def look(
     case: Case,
     figures: dict[tuple[str, int], Figures],
     num_cases: int,
+    trace: Trace | None,
 ) -> None:
     """Add the figures of one reading."""
     text = Text(document, choosers_of(document, engines))
+    if trace is not None:
+        trace.reading(text)
     for fact, span in zip(case.facts, case.hidden.spans, strict=True):
-        watch_answer(text, fact, Watch(text, text.sentences_of(*span), figures))
+        watch_answer(text, fact, Watch(text, text.sentences_of(*span), figures), trace)
     for chooser in text.choosers:
         found = figures[chooser.name, chooser.budget]
         dense_bytes = chooser.session.dense_bytes * 2 / document._engine.model.dtype.itemsize
@@ -335,22 +372,19 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def as_config(policy: str) -> dict[str, Any]:
-    """Configuration of a policy written as `name` or `name:option=number`."""
-    name, options = parse(policy)
-    return {"policy": name, "policy_options": options}
-
-
 def main(
     model: Annotated[str, typer.Option(help="Model folder, hub name, or 'pocket'.")] = "pocket",
     policies: Annotated[
-        str, typer.Option(help="Comma-separated policies that select, as policy or policy:option=number.")
+        str, typer.Option(help="Comma-separated policies that select, as policy or policy:option=value.")
     ] = "codes,moments,box,mean",
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in tokens.")] = "128,256,512",
     contexts: Annotated[str, typer.Option(help="Comma-separated context lengths in tokens.")] = "4096",
     cases: Annotated[int, typer.Option(min=1, help="Texts per length.")] = 2,
     facts: Annotated[int, typer.Option(min=1, help="Facts hidden in each text.")] = 8,
     text: Annotated[list[Path] | None, typer.Option(help="A text file as haystack; may be given again.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Also write which sentences each token chose, as JSON lines.")
+    ] = None,
     save_plot: Annotated[Path | None, typer.Option(help="Also draw the longest context, to a PNG or SVG file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -372,11 +406,11 @@ def main(
         raise typer.BadParameter(f"{silent[0]!r} selects no sentences; there is nothing to study")
     texts = load_texts(text)
     rows: list[dict[str, Any]] = []
-    with progress_bar() as bar:
+    with progress_bar() as bar, open(trace, "w") if trace else contextlib.nullcontext() as out_file:
         task = bar.add_task("texts", total=len(lengths) * cases)
         for length in lengths:
             made = make_cases(lm, texts, length, cases, facts)
-            found = study(lm, engines, made, lambda: bar.advance(task))
+            found = study(lm, engines, made, lambda: bar.advance(task), Trace(out_file) if out_file else None)
             rows += [row_of(key, length, each, cases * facts) for key, each in found.items()]
     policy_column = Column("policy", no_wrap=True)
     table = Table(

@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_skipped(capsys: pytest.CaptureFixture[str], monkey
         ({"shape": "llama-9b"}, "unknown shape"),
         ({"policies": "moments,best"}, "unknown policy 'best'"),
         ({"policies": "codes:shorts=4"}, "unknown option 'shorts'"),
-        ({"policies": "rerank:shortlist=many"}, "option=number.*shortlist=many"),
+        ({"policies": "rerank:shortlist=many"}, "shortlist must be at least 2, got .many"),
         ({"policies": "full"}, "one that selects.*got 'full'"),
         ({"budgets": "64"}, "must exceed"),
         ({"budgets": "many"}, "whole numbers"),

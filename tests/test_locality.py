@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.locality import hit_rate, main
+from benchmarks.locality import hit_rate, main, overlap
 from sentencekv.prose import generate_prose
 
 
@@ -23,6 +23,13 @@ def test_least_recently_used_leaves() -> None:
     assert hit_rate({(0, 0): steps}, 3) == pytest.approx(3 / 8)
     assert hit_rate({(0, 0): steps}, 2) == pytest.approx(1 / 8)
     assert hit_rate({(0, 0): steps, (0, 1): [[5]] * 8}, 4) == pytest.approx((4 + 7) / 16)
+
+
+def test_drift() -> None:
+    steps = [[0, 1], [1, 2], [0, 3], [1, 2]]
+    assert overlap({(0, 0): steps}, 1) == pytest.approx(1 / 6)
+    assert overlap({(0, 0): steps, (1, 0): [[4]] * 4}, 2) == pytest.approx((1 + 2 + 1 + 1) / 6)
+    assert overlap({(0, 0): steps}, 4) is None
 
 
 def test_the_simulation_equals_the_engine(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ SMALL: dict[str, Any] = {
     "cases": 1,
     "facts": 2,
     "text": None,
+    "trace": None,
     "save_plot": None,
     "device": "cpu",
     "dtype": "float32",
@@ -27,7 +28,7 @@ SMALL: dict[str, Any] = {
 
 
 def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    selection.main(**{**SMALL, "save_plot": tmp_path / "study.png"})
+    selection.main(**{**SMALL, "trace": tmp_path / "trace.jsonl", "save_plot": tmp_path / "study.png"})
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {(row["policy"], row["budget_tokens"]): row for row in result["rows"]}
     assert len(rows) == len(result["rows"]) == 5 * 2
@@ -53,6 +54,24 @@ def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     more = fine["summary_bytes_per_token"] - codes["summary_bytes_per_token"]
     assert more == pytest.approx(2 / 8 * 64 * 2 * 8, rel=0.2)
     assert 0 < rows["pages", 128]["needed"] < oracle["needed"]
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    sentences = [line["sentences"] for line in lines if "sentences" in line]
+    assert len(sentences) == 2, "one reading in sentences, one in pages"
+    chosen = [line for line in lines if line.get("policy") == "codes" and line["budget"] == 128]
+    assert {line["layer"] for line in chosen} == set(range(8))
+    for line in chosen:
+        assert len(line["chosen"]) == 2
+        assert all(0 <= s < len(sentences[0]) for ids in line["chosen"] for s in ids)
+    asked = [line for line in chosen if line["number"] == 1]
+    key = asked[0]["question"].rstrip("?").split()[-1]
+    read = {
+        sentences[0][s]
+        for line in asked
+        if line["question"] == asked[0]["question"]
+        for ids in line["chosen"]
+        for s in ids
+    }
+    assert any(key in sentence for sentence in read), "the fact's sentence was read by some layer"
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -88,7 +107,7 @@ def test_watching_changes_nothing(prose: str) -> None:
     ("changes", "message"),
     [
         ({"policies": "codes,window"}, "'window' selects no sentences"),
-        ({"policies": "codes:bits"}, "option=number"),
+        ({"policies": "codes:bits"}, "option=value"),
         ({"policies": "best"}, "available"),
         ({"budgets": "many"}, "budgets must be whole numbers"),
         ({"contexts": "4k"}, "contexts must be whole numbers"),

@@ -103,14 +103,14 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     return cls(**(options or {}))
 
 
-def parse(text: str) -> tuple[str, dict[str, int]]:
-    """Name and options of a policy written as `name` or `name:option=number:option=number`.
+def parse(text: str) -> tuple[str, dict[str, int | str]]:
+    """Name and options of a policy written as `name` or `name:option=value:option=value`; digits are a number.
 
     Raises ValueError for an option that is not written so; whether there are such a policy and options, `load` says.
     """
     name, *options = text.split(":")
     pairs = [option.partition("=") for option in options]
-    bad = [option for option, (_, _, number) in zip(options, pairs, strict=True) if not number.isdecimal()]
+    bad = [option for option, (_, _, value) in zip(options, pairs, strict=True) if not value]
     if bad:
-        raise ValueError(f"options of a policy are written option=number, got {bad[0]!r} in {text!r}")
-    return name, {key: int(number) for key, _, number in pairs}
+        raise ValueError(f"options of a policy are written option=value, got {bad[0]!r} in {text!r}")
+    return name, {key: int(value) if value.isdecimal() else value for key, _, value in pairs}
