@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from sentencekv.config import Config
+from sentencekv.lm import config_from
 from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy, load, parse
 from sentencekv.session import Session
@@ -241,11 +242,8 @@ def config_of(policy: str, budget_tokens: int, kv_dtype: str = "auto") -> Config
     Raises ValueError, with what is known, on an unknown policy, option or `kv_dtype`, or a budget that is too small.
     """
     name, options = parse(policy)
-    return Config(
-        policy=name,
-        policy_options=options,
-        budget_tokens=budget_tokens,
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
+    return config_from(
+        {"policy": name, "policy_options": options, "budget_tokens": budget_tokens, "kv_dtype": kv_dtype}
     )
 
 

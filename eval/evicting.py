@@ -4,12 +4,13 @@ Both read the text and a question with dense attention, keep `budget_tokens` of 
 decode the answer from these, the question and what was generated. Written plainly, for whatever device the model is on;
 layers with a sliding window keep what they see.
 
-    snapkv  the tokens that the last 32 tokens of the prompt attend to most, weights smoothed over 7 tokens
+    snapkv  the tokens that the question, its last 32 tokens at most, attends to most, weights smoothed over 7 tokens
             (Li et al., 2024, arXiv:2404.14469). The question is known before anything is dropped.
     h2o     half the tokens that all of the prompt attended to most, half the most recent
             (Zhang et al., 2023, arXiv:2306.14048). Nothing more is dropped while answering.
 
-Query heads that share a KV head add up their weights.
+Query heads that share a KV head add up their weights. Question and answer come on top of the budget, which other
+policies count in as far as they lie in their window.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Evicting:
         self._num_tokens = len(ids)
         for start in range(0, len(ids), _CHUNK_TOKENS):
             self._run(self._text, ids[start : start + _CHUNK_TOKENS], start)
+        self._text.last_of_layer.clear()
 
     @torch.inference_mode()
     def _run(self, kv: PlainKV, ids: list[int], start: int) -> int:
@@ -126,7 +128,6 @@ class Evicting:
         if num_text <= self._budget:
             return
         if self._method == "snapkv":
-            # A short question is what there is to observe; the text before it was not kept for that.
             weight_NT = kv.last_of_layer[layer][:, -_OBSERVED_TOKENS:, :num_text].sum(1)
             weight_NT = torch.nn.functional.max_pool1d(
                 weight_NT, _SMOOTHED_TOKENS, stride=1, padding=_SMOOTHED_TOKENS // 2

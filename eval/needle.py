@@ -2,9 +2,9 @@
 
     python -m eval.needle --policies full,codes,moments,mean,window --budgets 256 --contexts 4096
 
-Each text is read once; every policy gets the same questions about it, with greedy decoding. `snapkv` and `h2o`, which
-evict, may stand among the policies, for comparison (`eval/evicting.py`). The text is generated prose, or files of your
-own with `--text`. Prints a table, then one JSON line.
+Each text is read once, and again by what cuts or evicts otherwise; every policy gets the same questions about it, with
+greedy decoding. `snapkv` and `h2o`, which evict, may stand among the policies, for comparison (`eval/evicting.py`). The
+text is generated prose, or files of your own with `--text`. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python -m eval.selection --policies codes,moments,box,mean --budgets 128,256,512 --contexts 4096
 
-Each text is read once and each fact asked for with dense attention. At every token of the answers and in every layer,
-each policy chooses among the text's sentences for the very queries that dense attention has, so that all are compared
-on the same ones; `oracle` chooses by the true attention mass, within the same budget. Reported for each policy and
-budget:
+Each text is read once (by `pages`, which cuts it otherwise, once more; what is needed is then whole pages, so that its
+row says less beside the others) and each fact asked for with dense attention. At every token of the answers and in
+every layer, each policy chooses among the text's sentences for the very queries that dense attention has, so that all
+are compared on the same ones; `oracle` chooses by the true attention mass, within the same budget. Reported for each
+policy and budget:
 
     mass          attention mass that falls on what is read (chosen sentences, sink, everything after the text), mean
                   over heads, layers and tokens

@@ -6,7 +6,6 @@ of how models are loaded or of what a document is.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -51,10 +50,8 @@ class Engine:
         self.model = model
         self.layers = layers or FusedLayers(model)
         self.tokenizer = tokenizer
-        self.chosen = config
-        """As it was given; `config` is what holds, with the settings that the policy brings."""
+        self.config = config
         self.policy = policies.load(config.policy, config.policy_options)
-        self.config = dataclasses.replace(config, **self.policy.settings)
         self.memory = memory
         self.stepper = Stepper(model, self.policy, layers=self.layers)
         self.owner = Owner(model, tokenizer)
@@ -142,7 +139,9 @@ class Engine:
         for name in SHAPING:
             theirs, ours = getattr(base.config, name), getattr(self.config, name)
             if theirs != ours:
-                raise ValueError(f"the document was read with {name}={theirs!r}, and this is {ours!r}: read it again")
+                raise ValueError(
+                    f"the document was read with {name}={_shown(theirs)}, and this is {_shown(ours)}: read it again"
+                )
         with base.using_host_memory():
             return base.under(self.config, self.policy)
 
@@ -208,6 +207,11 @@ class Engine:
 
     def _decoding(self, session: Session, context_ids: Sequence[int], options: SamplingOptions) -> Decoding:
         return Decoding(session, context_ids, self.tokenizer, options, self._stop_ids)
+
+
+def _shown(setting: object) -> str:
+    """As it is written; a function by its name."""
+    return getattr(setting, "__name__", repr(setting))
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

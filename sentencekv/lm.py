@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -33,9 +33,10 @@ class LongContextLM:
     Not thread-safe. The model's own `generate` goes on working as before.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        """Use `from_pretrained` or `from_model`, which check what is given."""
+    def __init__(self, engine: Engine, given: Mapping[str, Any]) -> None:
+        """Use `from_pretrained` or `from_model`, which check what is given: fields of `Config`."""
         self._engine = engine
+        self._given = dict(given)
 
     @classmethod
     def from_pretrained(
@@ -60,8 +61,8 @@ class LongContextLM:
             UnsupportedModelError: the model has a part that sentence retrieval does not understand.
             ValueError, TypeError: a bad device, dtype or configuration.
         """
-        settings = _make_config(config)
-        return cls._checked(*load_model(name_or_path, device=device, dtype=dtype, tokenizer=tokenizer), settings)
+        config_from(config)  # a mistake is known before the model is loaded
+        return cls._checked(*load_model(name_or_path, device=device, dtype=dtype, tokenizer=tokenizer), config)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> LongContextLM:
@@ -73,26 +74,33 @@ class LongContextLM:
             raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
-        return cls._checked(model, tokenizer, _make_config(config))
+        return cls._checked(model, tokenizer, config)
 
     @classmethod
-    def _checked(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> LongContextLM:
+    def _checked(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: dict[str, Any]
+    ) -> LongContextLM:
+        config = config_from(given)
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or model.device.type not in DEVICE_TYPES:
             names = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"the model's weights must be on one CPU or CUDA device, they are on {names}")
         check_supported(model.eval())
         memory = _make_memory(config, pinned=model.device.type == "cuda")
-        return cls(Engine(model, tokenizer, config, memory))
+        return cls(Engine(model, tokenizer, config, memory), given)
 
     def with_config(self, **changes: Any) -> LongContextLM:
-        """The same model under another configuration, for comparisons; documents are not carried over."""
+        """The same model under another configuration, for comparisons; documents are not carried over.
+
+        What a policy brings (`Policy.settings`) goes with it.
+        """
         engine = self._engine
-        config = _make_config(changes, engine.chosen)
+        config = config_from(changes, self._given)
         memory = engine.memory
         if (config.host_memory_bytes, config.spill_folder) != (memory.limit_bytes, memory.spill_folder):
             memory = _make_memory(config, pinned=memory.pinned)
-        return LongContextLM(Engine(engine.model, engine.tokenizer, config, memory, engine.layers))
+        made = Engine(engine.model, engine.tokenizer, config, memory, engine.layers)
+        return LongContextLM(made, {**self._given, **changes})
 
     @property
     def model(self) -> PreTrainedModel:
@@ -333,15 +341,24 @@ class LongContextLM:
         return encode(self.tokenizer, prompt, self.config, special_tokens=True)  # type: ignore[arg-type]
 
 
-def _make_config(given: dict[str, Any], base: Config | None = None) -> Config:
-    """A configuration that names existing settings and an existing policy. Raises TypeError or ValueError."""
+def config_from(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of what is given, on top of what `base` gives, with the settings that its policy brings.
+
+    Raises TypeError or ValueError for an unknown setting or policy, a bad value, or one that the policy decides.
+    """
     known = [field.name for field in dataclasses.fields(Config)]
     for name in given:
         if name not in known:
             raise TypeError(f"unknown setting {name!r}; there are: {', '.join(known)}")
-    config = Config(**given) if base is None else dataclasses.replace(base, **given)
-    policies.load(config.policy, config.policy_options)
-    return config
+    every = {**(base or {}), **given}
+    policy = every.get("policy", Config.policy)
+    if not isinstance(policy, str) or not isinstance(every.get("policy_options", {}), Mapping):
+        return Config(**every)  # says what is wrong with them
+    settings = policies.load(policy, every.get("policy_options")).settings
+    for name, value in settings.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"policy {policy!r} brings its own {name}, {value}; leave it out or choose another policy")
+    return Config(**{**every, **settings})
 
 
 def _make_memory(config: Config, *, pinned: bool) -> HostMemory:

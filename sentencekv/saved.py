@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sentencekv import policies
 from sentencekv.config import Config
 from sentencekv.disk import Pieces, SavedFile, SavedFileError, Written, write_file
 from sentencekv.memory import HostMemory
@@ -254,6 +255,8 @@ def _check_settings(saved: SavedFile, ours: dict[str, Any]) -> None:
     theirs = saved.description["settings"]
     different = [name for name in _FIXED if theirs[name] != ours[name]]
     if different:
+        brought = policies.policy_class(theirs["policy"]).settings if theirs["policy"] in policies.available() else {}
+        different = [name for name in different if name not in brought] or different
         given, now = (", ".join(f"{name}={each[name]!r}" for name in different) for each in (theirs, ours))
         raise SavedFileError(
             f"{saved.name!r} was read under {given}, and this is {now}; open it under the same settings "

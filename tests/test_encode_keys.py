@@ -25,7 +25,7 @@ def boxed(dim: int, device: torch.device, dtype: torch.dtype = torch.float32) ->
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("dim", [16, 20, 128])
+@pytest.mark.parametrize("dim", [16, 20, 9, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_keys_decode_to_within_half_a_cell(op, bits: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
     key, box, offsets, box_of_token = boxed(dim, device, dtype)

@@ -217,6 +217,31 @@ def test_pages_are_pages(prose: str) -> None:
     assert (other.config.max_sentence_tokens, other.config.splitter) == (32, None)
     with lm.read(prose) as document, pytest.raises(ValueError, match="was read with max_sentence_tokens=16"):
         other.adopt(document)
+    kept = lm.with_config(policy="codes", max_sentence_tokens=24).with_config(policy="pages")
+    assert kept.config.max_sentence_tokens == 16
+    assert kept.with_config(policy="codes").config.max_sentence_tokens == 24
+    with pytest.raises(ValueError, match="policy 'pages' brings its own max_sentence_tokens, 16; leave it out"):
+        lm.with_config(max_sentence_tokens=24)
+    # Less than a sentence would need.
+    assert lm.with_config(budget_tokens=100).config.budget_tokens == 100
+
+
+def test_summaries_are_made_without_waiting(device: torch.device) -> None:
+    """Reading launches them for every layer of every chunk."""
+    if device.type == "cpu":
+        pytest.skip("nothing waits")
+    key = torch.randn(100, 2, 64, device=device, dtype=torch.bfloat16)
+    offsets = torch.arange(0, 101, 20, device=device)
+    policies_here = [policies.load(name) for name in SELECTING]
+    for policy in policies_here:
+        policy.summarize(key, offsets)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for policy in policies_here:
+            policy.summarize(key, offsets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("outliers", [1.0, 12.0])

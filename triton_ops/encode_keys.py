@@ -17,7 +17,7 @@ def encode_keys_ref(key_TNH: Tensor, box_SN2H: Tensor, offsets: Tensor, *, bits:
 
     Args:
         key_TNH: `[T, N, H]` keys of whole sentences.
-        box_SN2H: `[S, N, 2, H]` minimum and maximum of each sentence's keys.
+        box_SN2H: `[S, N, 2, H]` lowest and highest numbers of a box around each sentence's keys.
         offsets: int64 `[S + 1]`, CSR over the T tokens.
         bits: 1, 2 or 4.
     """

@@ -27,14 +27,15 @@ def packed_dim(head_dim: int) -> int:
     return -(-head_dim // WORD_BITS.value) * WORD_BITS.value
 
 
-def _extents() -> Tensor:
-    """What the 16 half extents are, in units: 0, 0.5, 1, 1.5, 2, 3, 4, 6, ..., 64, 96."""
-    return (torch.arange(16, dtype=torch.int16) << 9).view(torch.float16).float() * 2.0**14
+def _extents(device: torch.device) -> Tensor:
+    """What the 16 half extents are, in units: 0, 0.5, 1, 1.5, 2, 3, 4, 6, ..., 64, 96. A copy to a GPU would wait."""
+    return (torch.arange(16, dtype=torch.int16, device=device) << 9).view(torch.float16).float() * 2.0**14
 
 
 def pack_box(low_SNH: Tensor, high_SNH: Tensor) -> Tensor:
     """Boxes that hold the given ones, uint8 `[S, N, P + 4]`, with P the `packed_dim` of H.
 
+    Scales are in float16: of boxes that reach beyond 65,504 in a bfloat16 or float32 model, some of that is cut off.
     Bytes 2j and 2j + 1 are of dimensions j and j + P/2, the middle in the lower half of each.
     """
     padding = (0, packed_dim(low_SNH.shape[-1]) - low_SNH.shape[-1])
@@ -42,14 +43,15 @@ def pack_box(low_SNH: Tensor, high_SNH: Tensor) -> Tensor:
     middle = (low + high) / 2
     # Scales are rounded first, and what follows counts from what they are then.
     step = _up((middle.abs().amax(-1, keepdim=True)) / MIDDLES.value)
-    number = (middle / step.float().clamp(min=torch.finfo(torch.float16).tiny)).round()
+    number = (middle / step.float().clamp(min=torch.finfo(torch.float16).smallest_normal * 2**-10)).round()
     number = number.clamp(-MIDDLES.value, MIDDLES.value)
     middle = number * step.float()
     half = torch.maximum(high - middle, middle - low).clamp(min=0)
     largest = _up(half.amax(-1, keepdim=True))
     unit = largest.float() / LARGEST_EXTENT.value
-    extents = _extents().to(half.device)
-    level = torch.searchsorted(extents, half / unit.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=15)
+    level = torch.searchsorted(_extents(half.device), half / unit.clamp(min=torch.finfo(torch.float32).tiny)).clamp(
+        max=15
+    )
     byte_SNH = ((number.int() + MIDDLES.value + 1) | (level.int() << 4)).to(torch.uint8)
     paired = byte_SNH.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     scales = torch.cat([step, largest], dim=-1).contiguous().view(torch.uint8)
@@ -62,7 +64,7 @@ def unpack_box(packed_SNW: Tensor, head_dim: int) -> Tensor:
     step, largest = packed_SNW[..., dim:].contiguous().view(torch.float16).float().split(1, dim=-1)
     byte_SNH = packed_SNW[..., :dim].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).int()
     middle = ((byte_SNH & 15) - (MIDDLES.value + 1)).float() * step
-    half = _extents().to(step.device)[byte_SNH >> 4] * (largest / LARGEST_EXTENT.value)
+    half = _extents(step.device)[byte_SNH >> 4] * (largest / LARGEST_EXTENT.value)
     return torch.stack([middle - half, middle + half], dim=2)[..., :head_dim].contiguous()
 
 

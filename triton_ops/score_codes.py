@@ -67,8 +67,8 @@ def score_codes_ref(
 
     Args:
         q_BAH: `[B, A, H]` post-RoPE queries of the A = N * G query heads, those of one KV head adjacent.
-        lanes: each lane's tables of this layer are the boxes `[S, N, P + 4]` of its sentences (minimum and maximum of
-            their keys), as `pack_box` packs them, and the codes `[T, N, W]` of their tokens, in order, as `encode_keys`
+        lanes: each lane's tables of this layer are the boxes `[S, N, P + 4]` of its sentences, around
+            their keys, as `pack_box` packs them, and the codes `[T, N, W]` of their tokens, in order, as `encode_keys`
             packs them.
         sentence_BNS: int32, the sentences to score, rising, padded with -1, a column for each; None: all.
     """
@@ -310,6 +310,7 @@ def score_codes_triton(
     batch, num_heads, head_dim = q_BAH.shape
     group = num_heads // num_kv_heads
     assert q_BAH.stride(2) == 1
+    assert sentence_BNS is None or (sentence_BNS.is_contiguous() and sentence_BNS.dtype == torch.int32)
     capacity = lanes.capacity if sentence_BNS is None else sentence_BNS.shape[2]
     logit = torch.empty((batch, num_kv_heads, group, capacity), dtype=torch.float32, device=q_BAH.device)
     address_rows = lanes.address_rows(layer)
