@@ -52,7 +52,7 @@ def test_an_opened_document_answers_as_before(
     policy: str, tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path
 ) -> None:
     """Bit for bit, from the file, from a file of the opened one, and with host memory that is just enough."""
-    lm = make_lm(tokenizer, policy=policy)
+    lm = make_lm(tokenizer, policy=policy, **policies.policy_class(policy).settings)
     document = lm.read(prose[:4000])
     seen: list[tuple[int, int]] = []
     size = document.save(tmp_path / "a", progress=lambda done, total: seen.append((done, total)))
