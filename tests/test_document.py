@@ -35,7 +35,7 @@ def dense_greedy(lm: LongContextLM, token_ids: list[int], num_new: int) -> list[
 @pytest.mark.parametrize("policy", [name for name in policies.available() if name != "window"])
 def test_appended_text_is_part_of_the_document(policy: str, tokenizer: PreTrainedTokenizerFast, prose: str) -> None:
     """With a budget that covers all, answers are those of dense attention over the same tokens."""
-    lm = make_lm(tokenizer, policy=policy)
+    lm = make_lm(tokenizer, policy=policy, **policies.policy_class(policy).settings)
     document = lm.read(prose[:500])
     for start in range(500, 1100, 150):
         document.append(prose[start : start + 150])

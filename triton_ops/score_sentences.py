@@ -50,9 +50,10 @@ def _extents(masked_BNGS: Tensor) -> Tensor:
 
 
 _BLOCK = 64
-"""Sentences that a program scores at a time."""
-_PROGRAMS = 1056
-"""Programs to aim at: eight for each multiprocessor of a large GPU, more than are resident at a time."""
+"""Sentences that a program scores at a time; twice as many where that is all it has to do, and still leaves two
+programs for each multiprocessor."""
+_PROGRAMS = 528
+"""Programs to aim at: four for each multiprocessor of a large GPU."""
 
 
 def score_sentences_ref(
@@ -221,7 +222,10 @@ def score_sentences_triton(
         (batch, num_kv_heads, num_heads // num_kv_heads, lanes.capacity), dtype=torch.float32, device=q_BAH.device
     )
     address_rows = lanes.address_rows(layer)
-    programs = min(triton.cdiv(lanes.capacity, _BLOCK), max(1, _PROGRAMS // (num_kv_heads * batch)))
+    block = _BLOCK
+    if _PROGRAMS // 2 <= triton.cdiv(lanes.capacity, 2 * _BLOCK) * num_kv_heads * batch <= _PROGRAMS:
+        block = 2 * _BLOCK
+    programs = min(triton.cdiv(lanes.capacity, block), max(1, _PROGRAMS // (num_kv_heads * batch)))
     extent = torch.empty((*logit.shape[:3], programs, 2), dtype=torch.float32, device=q_BAH.device)
     early = starts_early(q_BAH)
     _score_sentences_kernel[(programs, num_kv_heads, batch)](
@@ -246,7 +250,7 @@ def score_sentences_triton(
         SQUARE=spread in ("square", "range"),
         RANGE=spread == "range",
         LOG_LENGTH=log_length,
-        BLOCK=_BLOCK,
+        BLOCK=block,
         PRECISION="ieee" if q_BAH.dtype == torch.float32 else "tf32",
         DTYPE=element_type(q_BAH.dtype),
         EARLY=early,

@@ -15,7 +15,7 @@ Group = Literal["max", "mean"]
 
 _RANKED = 256
 """Sentences that one program ranks."""
-_MOST_KEYS = 8192
+_MOST_KEYS = 16384
 """Keys that the program which cuts the ranking keeps in registers; beyond, it goes over them in blocks of so many."""
 _WIDTH = 64
 """Bins, and keys, in a row: counted row by row, then within one."""
@@ -23,7 +23,7 @@ _FEW = 64
 """Sentences of the bin in which the budget ends that are ranked by comparing each with each; if there are more, an
 interval is halved, and they are compared with its middle so many at a time:"""
 _LISTED = 512
-_MOST_WARPS = 16
+_MOST_WARPS = 32
 """Of the program that cuts the ranking."""
 _STORED = 64
 """Selected sentences that are stored at a time."""
