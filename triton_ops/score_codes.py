@@ -201,7 +201,7 @@ def _score_codes_kernel(
         queries = queries + (query,)  # type: ignore[assignment] # noqa: RUF005 Triton's tuples
     # The power of two that brings the largest to where half precision has room on either side.
     exponent = (largest_query.to(tl.int32, bitcast=True) >> 23) & 255
-    factor = tl.minimum(tl.maximum(254 + _QUERY_EXPONENT - exponent, 1), 254)
+    factor = tl.minimum(tl.maximum(-exponent + (254 + _QUERY_EXPONENT), 1), 254)
     factor = (factor << 23).to(tl.float32, bitcast=True)
     scaled = ()
     query_sum = tl.zeros((GROUP_BLOCK,), tl.float32)
