@@ -405,6 +405,9 @@ def main(
     silent = [name for (name, _), engine in engines.items() if engine._engine.policy.reads != "selected"]
     if silent:
         raise typer.BadParameter(f"{silent[0]!r} selects no sentences; there is nothing to study")
+    for path in (trace, save_plot):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {str(path.parent)!r} to write {path.name} to")
     texts = load_texts(text)
     rows: list[dict[str, Any]] = []
     with progress_bar() as bar, open(trace, "w") if trace else contextlib.nullcontext() as out_file:

@@ -112,6 +112,8 @@ def test_watching_changes_nothing(prose: str) -> None:
         ({"budgets": "many"}, "budgets must be whole numbers"),
         ({"contexts": "4k"}, "contexts must be whole numbers"),
         ({"budgets": "10"}, "must exceed"),
+        ({"trace": Path("nowhere/trace.jsonl")}, "no folder 'nowhere' to write trace.jsonl to"),
+        ({"save_plot": Path("nowhere/plot.png")}, "no folder 'nowhere' to write plot.png to"),
         ({"text": [Path("nowhere.txt")]}, "no file or directory 'nowhere.txt'"),
     ],
 )
