@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,21 @@ class _NoText:
 
 
 class _TimedDecoding(Decoding):
-    def __init__(self, session: Session, num_warmup: int, num_timed: int) -> None:
+    def __init__(
+        self, session: Session, num_warmup: int, num_timed: int, on_token: Callable[[int], object] = lambda _: None
+    ) -> None:
         options = SamplingOptions(max_new_tokens=num_warmup + num_timed + 1)
         super().__init__(session, [], _NoText(), options, ())  # type: ignore[arg-type]
         self.taken_at: list[float] = []
         self._num_warmup = num_warmup
+        self._on_token = on_token
 
     def take(self, drawn: Sequence[float]) -> str:
         piece = super().take(drawn)
         self.taken_at.append(self.last_token_at)
         if len(self.taken_at) == self._num_warmup:
             self.session.traffic.reset()
+        self._on_token(len(self.taken_at))
         return piece
 
     def close_sentences(self) -> None:
@@ -41,12 +45,21 @@ class _TimedDecoding(Decoding):
 
 @torch.inference_mode()
 def time_loop(
-    stepper: Stepper, sessions: Sequence[Session], tokens: Sequence[int], num_warmup: int, num_timed: int
+    stepper: Stepper,
+    sessions: Sequence[Session],
+    tokens: Sequence[int],
+    num_warmup: int,
+    num_timed: int,
+    on_token: Callable[[int], object] = lambda _: None,
 ) -> tuple[list[float], list[list[int]]]:
     """Generate greedily after one token for each session: milliseconds between tokens, and the tokens drawn. The
-    sessions' traffic is counted from the end of the warm-up on."""
+    sessions' traffic is counted from the end of the warm-up on.
+
+    `on_token`: called with the number of tokens that the first session has drawn by then, at every one of them.
+    """
     logits_BV = stepper.step(sessions, tokens).clone()
-    decodings = [_TimedDecoding(session, num_warmup, num_timed) for session in sessions]
+    decodings = [_TimedDecoding(session, num_warmup, num_timed) for session in sessions[1:]]
+    decodings.insert(0, _TimedDecoding(sessions[0], num_warmup, num_timed, on_token))
     for _ in decode(stepper, decodings, logits_BV):
         pass
     taken_at = decodings[-1].taken_at

@@ -22,7 +22,7 @@ def eager_step(model: PreTrainedModel, sessions: Sequence[Session]) -> Step:
 
 
 def make_stepper(
-    model: PreTrainedModel, session: Session, layers: FusedLayers | None, *, run_ahead: bool = False
+    model: PreTrainedModel, session: Session, layers: FusedLayers | None, *, run_ahead: bool | None = False
 ) -> Stepper:
     """A stepper for the session's policy with these layers, which are then looked at once and not for every graph.
 

@@ -270,6 +270,10 @@ class SavedFile:
             count *= extent
         return int(count)
 
+    def __iter__(self) -> Iterator[str]:
+        """Names of all tensors."""
+        return iter(self._layout)
+
     def __contains__(self, name: str) -> bool:
         return name in self._layout
 

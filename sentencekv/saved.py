@@ -36,12 +36,14 @@ from sentencekv.slabs import Layout, Slab
 from sentencekv.store import Extent
 
 _KIND, _VERSION = "sentencekv document", 2
-_READERS = 4
-"""Threads that read ahead: a checksum takes one of them longer than the disk takes for the bytes."""
+_READERS = min(os.cpu_count() or 4, 16)
+"""Threads that read: a checksum takes one of them longer than the disk, or the machine's cache, takes for the bytes."""
 _SAMPLED_NUMBERS = 64
 """Of each of the model's weights, for its fingerprint."""
 _SUFFIXES = ("", ".scales")
 """Of the tensors that hold a slab's rows: KV, or codes and their scales."""
+_ON_DEVICE = ("sink.", "recent.", "local.")
+"""How names of tensors begin that stay on the device, beside summaries."""
 _FIXED = ("policy", "policy_options", "sink_tokens", "window_tokens", "max_sentence_tokens", "kv_dtype")
 """Settings under which a document was read, and which cannot be others afterwards."""
 
@@ -186,10 +188,8 @@ def open_saved(
     numbers = description["session"]
     layers = numbers["layers"]
 
-    def on_device(name: str) -> Tensor:
-        return saved.read(name).to(device)
-
-    recent = {layer: on_device(f"recent.layer{layer}") for layer in layers}
+    on_device = _read_for(device, saved)
+    recent = {layer: on_device[f"recent.layer{layer}"] for layer in layers}
     extents: list[Extent] = []
     layout_of = _layouts(recent, config)
     row_bytes = next(iter(layout_of.values())).row_bytes if layout_of else 1
@@ -198,9 +198,9 @@ def open_saved(
         closed_end=numbers["closed_end"],
         ends=numbers["ends"],
         last_expected_end=numbers["last_expected_end"],
-        sink={layer: on_device(f"sink.layer{layer}") for layer in layers},
+        sink={layer: on_device[f"sink.layer{layer}"] for layer in layers},
         recent=recent,
-        local={layer: on_device(f"local.layer{layer}") for layer in numbers["local_layers"]},
+        local={layer: on_device[f"local.layer{layer}"] for layer in numbers["local_layers"]},
         window_of={int(layer): window for layer, window in numbers["window_of"].items()},
         dense_bytes_per_token={int(layer): count for layer, count in numbers["dense_bytes_per_token"].items()},
         extents=extents,
@@ -215,12 +215,19 @@ def open_saved(
         tables: dict[int, list[Tensor]] = {}
         for layer in layers:
             names = (f"extent{e}.summaries{i}.layer{layer}" for i in range(2))
-            tables[layer] = [on_device(name) for name in names if name in saved]
+            tables[layer] = [on_device[name] for name in names if name in on_device]
         places = saved.read(f"extent{e}.places")
         kept = {layer: each for layer, each in tables.items() if each}
         extents.append(Extent(memory, device, slabs, places, kept, row_bytes))
     session = Session.from_state(config, policy, memory, device, state)
     return Contents(whole[description["first_char"] :], prompt, Frame(**description["frame"]), session)
+
+
+def _read_for(device: torch.device, saved: SavedFile) -> dict[str, Tensor]:
+    """All that stays on the device, by name, read by several threads."""
+    names = [name for name in saved if name.startswith(_ON_DEVICE) or ".summaries" in name]
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="sentencekv-read") as readers:
+        return dict(zip(names, readers.map(lambda name: saved.read(name).to(device), names), strict=True))
 
 
 def _check_owner(saved: SavedFile, owner: Owner) -> None:
