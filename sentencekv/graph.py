@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,6 @@ class Stepper:
         self._policy = policy
         self._fuse = fuse
         self._recording_of: dict[int, _Recording] = {}
-        self._pool: Any = None
         self._fused = layers
         self.num_recorded = 0
         """Graphs recorded so far, those recorded again included."""
@@ -149,6 +147,9 @@ class Stepper:
 
     def _record(self, recording: _Recording) -> None:
         """Record the pass over lanes that hold nothing, so that running it for warm-up leaves no trace."""
+        # A memory pool goes with the last graph that uses it, and callers may still hold logits in it: so the graph
+        # before this one stays until this one is there.
+        graphs = [each.graph for each in self._recording_of.values() if each.graph is not None]
         recording.graph = recording.logits_BV = None
         side = torch.cuda.Stream(self._model.device)
         side.wait_stream(torch.cuda.current_stream(self._model.device))
@@ -159,9 +160,10 @@ class Stepper:
         current.wait_stream(side)
         torch.cuda.synchronize(self._model.device)
         graph = torch.cuda.CUDAGraph()
+        pool = graphs[0].pool() if graphs else None
         try:
             # The outer context brings the stream back where recording fails.
-            with torch.cuda.stream(current), torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):
                 recording.logits_BV = self._run(recording)
         except RuntimeError as error:
             self.records = False
@@ -172,7 +174,6 @@ class Stepper:
             )
             _record_nothing(self._model.device)
             return
-        self._pool = graph.pool()
         recording.graph = graph
         self.num_recorded += 1
 

@@ -105,11 +105,14 @@ def test_long_generation_records_once_and_keeps_the_device_flat() -> None:
     stepper = Stepper(model, session.policy)
     token, held = 1, []
     for _ in range(3000):
-        token = int(stepper.step([session], [token])[0].argmax())
+        # Held until the next ones are there, as the decode loop holds them: also while a graph is recorded again.
+        logits = stepper.step([session], [token])
+        token = int(logits[0].argmax())
         held.append(session.device_bytes - session.summary_bytes)
     # Tables of sentences grow by a few bytes for each; KV does not.
     assert held[-1] - held[200] <= 3000 / 6 * 16 * 4 * 6
-    assert stepper.num_recorded <= 5
+    assert stepper.records
+    assert 2 <= stepper.num_recorded <= 5
     assert session.host_bytes >= 0.9 * session.dense_bytes
 
 
