@@ -158,9 +158,9 @@ def main(
     context: Annotated[int, typer.Option(min=256, help="Tokens of the document.")] = 131072,
     policy: Annotated[str, typer.Option(help="Policy, or policy:option=value.")] = Config().policy,
     kv_dtype: Annotated[str, typer.Option(help="Precision of the host tier: auto, fp8, int8 or int4.")] = "auto",
-    folder: Annotated[Path, typer.Option(help="Where to save it; has to have room for its KV.")] = Path(
-        tempfile.gettempdir()
-    ),
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to save it, with room for its KV; default: that for temporary files.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of weights, prompt and sentences.")] = 0,
@@ -176,7 +176,7 @@ def main(
     precision = getattr(torch, dtype, None)
     if precision not in TOLERANCE:
         raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    if not folder.is_dir():
+    if folder is not None and not folder.is_dir():
         raise typer.BadParameter(f"there is no folder {str(folder)!r}")
     try:
         config = config_of(policy, Config().budget_tokens, kv_dtype)

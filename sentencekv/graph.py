@@ -69,6 +69,7 @@ class Stepper:
         self._fuse = fuse
         self._recording_of: dict[int, _Recording] = {}
         self._fused = layers
+        self._side: torch.cuda.Stream | None = None
         self.num_recorded = 0
         """Graphs recorded so far, those recorded again included."""
         self.records = graph and model.device.type == "cuda" and policy.reads != "everything"
@@ -151,7 +152,8 @@ class Stepper:
         # before this one stays until this one is there.
         graphs = [each.graph for each in self._recording_of.values() if each.graph is not None]
         recording.graph = recording.logits_BV = None
-        side = torch.cuda.Stream(self._model.device)
+        # The same one each time: libraries keep a workspace for every stream that they have seen.
+        side = self._side = self._side or torch.cuda.Stream(self._model.device)
         side.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(side):
             for _ in range(_WARMUP_RUNS):

@@ -146,6 +146,10 @@ class SessionLane(Lane):
             )
             skipped_bytes += part[0, 0, 0].nbytes
 
+    def forget_summaries(self) -> None:
+        """Let go of summaries that are about to be replaced by longer tables, until `set_places`."""
+        self.parts = []
+
     def set_places(self, places: Places) -> None:
         """Make sentences that were closed meanwhile selectable."""
         self.version += 1

@@ -30,6 +30,7 @@ from sentencekv.policies import Policy
 from sentencekv.store import Extent, Places, Run
 from sentencekv.streaming import Stream
 from sentencekv.transfer import to_device
+from triton_ops.lanes import SHARE_UNITS
 
 ASSEMBLED_TOKENS = {"cuda": 2048, "cpu": 0}
 """Closed tokens up to which an exact pass brings a layer's KV together; more come in blocks (`streaming.py`)."""
@@ -133,7 +134,7 @@ class Session:
         self._local: dict[int, Tensor] = {}
         self._window_of: dict[int, int] = {}
         self._lane: SessionLane | None = None
-        self._share_S = torch.zeros(0, device=device)
+        self._share_S = torch.zeros(0, dtype=torch.int64, device=device)
         self._pass: _Pass | None = None
         self._stream: Stream | None = None
         self._dense_bytes_per_token: dict[int, int] = {}
@@ -224,6 +225,7 @@ class Session:
                 key_TNH = kv_DNTH[:, :, :, 0].permute(2, 0, 1, 3).reshape(num_tokens, depth * num_heads, head_dim)
                 stacked = self._summarize(key_TNH, self._offsets(closing))
                 of_layer = zip(*(table.unflatten(1, (depth, num_heads)).unbind(1) for table in stacked), strict=True)
+                lane.forget_summaries()
                 for layer, tables in zip(lane.layers, of_layer, strict=True):
                     own.add_summaries(layer, tables)
             lane.shift(sum(closing))
@@ -442,10 +444,10 @@ class Session:
     def shares(self) -> list[float]:
         """Attention that each closed sentence got, averaged over steps, heads and layers; sums to less than 1."""
         num_layers = len(self._lane.layers) if self._lane is not None else len(self._recent)
-        share_S = torch.zeros(self.num_sentences, device=self.device)
+        share_S = torch.zeros(self.num_sentences, dtype=torch.float64, device=self.device)
         known = self._share_S[: self.num_sentences]
         share_S[: known.shape[0]] = known
-        return (share_S / max(self.traffic.steps * num_layers, 1)).tolist()
+        return (share_S / (SHARE_UNITS.value * max(self.traffic.steps * num_layers, 1))).tolist()
 
     def sentence_spans(self) -> list[tuple[int, int]]:
         """First and one-past-last token position of each closed sentence."""

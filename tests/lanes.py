@@ -103,7 +103,7 @@ def random_lane(
             for layer in layers
         },
         parts=parts,
-        share_S=torch.zeros(num_sentences + 3, device=device),
+        share_S=torch.zeros(num_sentences + 3, dtype=torch.int64, device=device),
         traffic=torch.zeros(3, dtype=torch.int64, device=device),
         num_resident=resident,
         num_sentences=num_sentences,

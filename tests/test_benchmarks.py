@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import decode, ops, plot, prefill, retrieval_ops, rows, workload
+from benchmarks import decode, ops, plot, retrieval_ops, rows, workload
 from benchmarks.forced import Forced, Schedule, force_ref, force_triton
 from benchmarks.profile import covered, gaps
 from sentencekv.attention import forward
@@ -322,98 +321,6 @@ def test_ops_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str]
     weights = sum(row["bytes"] for row in result["rows"] if "linear" in row["op"])
     model = workload.make_model("tiny", CPU, torch.float32, 100, 0)
     assert weights == sum(p.nbytes for p in model.model.layers[0].parameters() if p.dim() == 2)
-
-
-SMALL_PREFILL = {
-    "shape": "tiny",
-    "contexts": "500,1500",
-    "policy": "moments",
-    "kv_dtype": "auto",
-    "chunk": 200,
-    "repeats": 1,
-    "dense_up_to": 500,
-    "generate": 0,
-    "profile": False,
-    "device": "cpu",
-    "dtype": "float32",
-    "seed": 0,
-    "source_commit": "abc",
-    "save": None,
-}
-
-
-def test_prefill_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    prefill.main(**{**SMALL_PREFILL, "save": tmp_path / "prefill"})
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
-    assert json.loads((tmp_path / "prefill.json").read_text()) == result
-    seen = [(row["variant"], row["context_tokens"]) for row in result["rows"]]
-    ours = [
-        ("sentencekv, cold", 500),
-        ("sentencekv, warm", 500),
-        ("sentencekv, cold", 1500),
-        ("sentencekv, warm", 1500),
-    ]
-    assert seen == [("transformers", 500), *ours]
-    for row in result["rows"]:
-        assert row["status"] == "ok"
-        assert row["times_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
-        if row["variant"] != "transformers":
-            assert (row["error"] is None) == (row["context_tokens"] > 500)
-            assert (row["error"] or 0) < 1e-3
-            # All but sink and recent tokens: 2 layers, 2 heads of 16 dimensions, K and V in float32.
-            assert row["kv_host_bytes"] > (row["context_tokens"] - 200) * 2 * 2 * 2 * 16 * 4
-    check = result["check"]
-    assert check["relative_error"] < 1e-5 < 2 * check["tolerance"] < check["control_relative_error"]
-    assert lines[0].startswith("tiny, float32, policy moments, ")
-    assert lines[1].startswith("check at 6144 tokens, 2 layers: ")
-    assert lines[3].startswith("| read by")
-    assert (tmp_path / "prefill.md").read_text().splitlines() == lines[:-1]
-
-
-def test_prefill_goes_on_from_what_it_read(capsys: pytest.CaptureFixture[str]) -> None:
-    prefill.main(**{**SMALL_PREFILL, "contexts": "500", "repeats": 0, "generate": 5})
-    _, ours = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert ours["variant"] == "sentencekv, cold"
-    assert ours["generated_tokens"] == 5
-    assert ours["ms_per_generated_token"] > 0
-
-
-def test_operations_are_those_of_the_products() -> None:
-    """Counted by torch, on attention written out: it computes the half that causal attention leaves out as well."""
-    model = workload.make_model("tiny", CPU, torch.float32, 100, 0)
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 64, dtype=torch.long), logits_to_keep=1)
-    attention = 4 * 64 * 64 * 4 * 16 * 2
-    assert prefill.operations(model, 64) == counter.get_total_flops() - attention + 2 * 64 * 65 * 4 * 16 * 2
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"contexts": "abc"}, "whole numbers"),
-        ({"contexts": "0"}, "at least 256"),
-        ({"kv_dtype": "int5"}, "kv_dtype must be"),
-        ({"policy": "nope"}, "available"),
-        ({"chunk": 0}, "prefill_chunk_tokens"),
-        ({"profile": True}, "needs --device cuda"),
-    ],
-)
-def test_prefill_refuses_what_it_cannot_read(bad: dict, message: str) -> None:
-    with pytest.raises(typer.BadParameter, match=message):
-        prefill.main(**{**SMALL_PREFILL, **bad})
-
-
-def test_reading_that_is_wrong_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(prefill, "dense", lambda model, prompt: torch.ones(1, model.config.vocab_size))
-    with pytest.raises(typer.Exit):
-        prefill.main(**SMALL_PREFILL)
-    lines = capsys.readouterr()
-    assert lines.out == ""
-    assert "not timed" in lines.err
 
 
 def test_ops_that_fail_their_check_are_not_timed(

@@ -103,14 +103,16 @@ def test_long_generation_records_once_and_keeps_the_device_flat() -> None:
     session = reading_session(model, 300)
     session.expect(range(session.last_expected_end + 6, 6300, 6))
     stepper = Stepper(model, session.policy)
-    token, held = 1, []
+    token, held, allocated = 1, [], []
     for _ in range(3000):
         # Held until the next ones are there, as the decode loop holds them: also while a graph is recorded again.
         logits = stepper.step([session], [token])
         token = int(logits[0].argmax())
         held.append(session.device_bytes - session.summary_bytes)
+        allocated.append(torch.cuda.memory_allocated() - session.summary_bytes)
     # Tables of sentences grow by a few bytes for each; KV does not.
     assert held[-1] - held[200] <= 3000 / 6 * 16 * 4 * 6
+    assert allocated[-1] - allocated[200] <= 4 << 20, "recording again keeps nothing of before, nor a workspace"
     assert stepper.records
     assert 2 <= stepper.num_recorded <= 5
     assert session.host_bytes >= 0.9 * session.dense_bytes

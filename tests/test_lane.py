@@ -34,7 +34,7 @@ def new_lane(
         window_of or {},
         num_tokens=num_tokens,
         selects=selects,
-        share_S=torch.zeros(0, device=device),
+        share_S=torch.zeros(0, dtype=torch.int64, device=device),
         traffic=torch.zeros(3, dtype=torch.int64, device=device),
     )
 

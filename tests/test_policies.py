@@ -63,7 +63,7 @@ def lanes_of(policy: Policy, key_TNH: Tensor, parts: list[list[int]], max_select
         slabs={0: []},
         slab_of={0: torch.empty((0, 2), dtype=torch.int64, device=device)},
         parts=made,
-        share_S=torch.zeros(num_sentences, device=device),
+        share_S=torch.zeros(num_sentences, dtype=torch.int64, device=device),
         traffic=torch.zeros(3, dtype=torch.int64, device=device),
         num_sentences=num_sentences,
         max_selected=max_selected,

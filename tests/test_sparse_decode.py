@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.lanes import DTYPES, assert_as_good, fetch, random_batch, random_heads, random_lengths, random_selection
 from triton_ops import Lanes
+from triton_ops.lanes import SHARE_UNITS
 from triton_ops.resolve_hot_set import resolve_hot_set_ref
 from triton_ops.sparse_decode import sparse_decode, sparse_decode_ref, sparse_decode_triton
 
@@ -60,7 +61,7 @@ def random_step(
             kept = resident[:, [position % window for position in before]]
         else:
             kept = resident[:, : lane.num_resident]
-        share_S = lane.share_S.double()
+        share_S = lane.share_S.double() / SHARE_UNITS.value
         for n in range(heads):
             ids = [] if selected is None else [s for s in selected[b, n].tolist() if s >= 0]
             sentences = []
@@ -88,7 +89,7 @@ def random_step(
 
 
 def shares(lanes: Lanes) -> Tensor:
-    return torch.cat([lane.share_S for lane in lanes.lanes])
+    return torch.cat([lane.share_S for lane in lanes.lanes]) / SHARE_UNITS.value
 
 
 def assert_new_token_is_kept(before: list[Tensor], step: Step) -> None:

@@ -70,6 +70,10 @@ def element_type(dtype: torch.dtype) -> tl.dtype:
     return _ELEMENT_TYPES[dtype]
 
 
+SHARE_UNITS = tl.constexpr(2**32)
+"""Of one whole share of attention: whole numbers add up to the same in whatever order programs come."""
+
+
 class Part(NamedTuple):
     """A run of sentences whose summaries stand together. `tables[layer]`: one or two tensors."""
 
@@ -113,7 +117,8 @@ class Lane:
 
     parts: list[Part]
     share_S: Tensor
-    """float32 `[at least S]`: attention that each sentence got, summed over steps, layers and KV heads."""
+    """int64 `[at least S]`: attention that each sentence got, summed over steps, layers and KV heads, in units of
+    1 / `SHARE_UNITS`."""
 
     traffic: Tensor
     """int64 `[3]`: sentences selected, sentences missed, tokens copied."""

@@ -18,6 +18,7 @@ from triton_ops.lanes import (
     RESIDENT,
     RESIDENT_ROWS,
     SHARE,
+    SHARE_UNITS,
     SLABS,
     Lanes,
     element_type,
@@ -91,7 +92,8 @@ def sparse_decode_ref(
         output[b] = result.flatten(0, 1)
         share_NK = weight[:, :, : num_selected * slot_tokens].unflatten(2, (num_selected, slot_tokens)).sum(-1).mean(1)
         share_NK = share_NK / num_kv_heads
-        lane.share_S.index_add_(0, selected_NK.clamp(min=0).flatten(), torch.where(slot_NK >= 0, share_NK, 0).flatten())
+        units_NK = (torch.where(slot_NK >= 0, share_NK, 0) * SHARE_UNITS.value).long()
+        lane.share_S.index_add_(0, selected_NK.clamp(min=0).flatten(), units_NK.flatten())
     return output
 
 
@@ -313,7 +315,7 @@ def _sparse_decode_kernel(
         if SLOT_SPLITS > 0:
             number = tl.load(number_ptr + head)
             if number > 0:
-                share_ptr = tl.load(address_ptr + SHARE).to(tl.pointer_type(tl.float32))
+                share_ptr = tl.load(address_ptr + SHARE).to(tl.pointer_type(tl.int64))
                 k = tl.arange(0, SELECTED_BLOCK)
                 log_total = tl.where(in_merged, top + tl.log(sum_of), 0.0)
                 log_weight = tl.load(
@@ -323,7 +325,8 @@ def _sparse_decode_kernel(
                 )
                 share = tl.sum(tl.exp(log_weight - log_total[:, None]), axis=0) / (GROUP * NUM_KV_HEADS)
                 sentence = tl.load(selected_ptr + head * most_selected + k, mask=k < number, other=0)
-                tl.atomic_add(share_ptr + sentence, share, mask=k < number, sem="relaxed")
+                units = (share * SHARE_UNITS).to(tl.int64)
+                tl.atomic_add(share_ptr + sentence, units, mask=k < number, sem="relaxed")
 
 
 def _even_splits(blocks: int, programs: int) -> int:
