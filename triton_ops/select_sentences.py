@@ -249,13 +249,14 @@ def _cut_of_many(
     place_ptr,
     low,
     high,
+    fitting,
     room_tokens,
     max_selected,
     SOME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `_cut_of_few` for any number: halves the interval from `low`, below all, to `high`, above all."""
-    fitting = tl.zeros((), tl.int32)
+    """As `_cut_of_few` for any number: halves the interval from `low`, below all, to `high`, from which on `fitting` are
+    listed that fit."""
     least = number
     middle = _middle(low, high)
     while (middle != low) & (least - fitting > 1):
@@ -277,35 +278,24 @@ def _cut_of_many(
 
 
 @triton.jit
-def _is_between(key, column, low, last_of_low, high):
-    return (key < high) & ((key > low) | ((key == low) & (column <= last_of_low)))
-
-
-@triton.jit
 def _store_columns(
     target_ptr,
     num_stored,
     start,
     key,
     low,
-    last_of_low,
-    high,
     key_ptr,
-    sentence_ptr,
     num_columns,
-    MAP: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Store the columns of one block whose keys lie between `low` and `high`, in order, behind those stored before.
+    """Store the columns of one block whose keys are at least `low`, in order, behind those stored before.
 
-    Of keys equal to `low`, those up to the column `last_of_low`. Rows are counted, then each target looks for its row,
-    and within it for its column: a scan of the whole block takes several times as long here. `MAP`: store the sentences
-    that columns stand for. Returns how many are stored by now.
+    Rows are counted, then each target looks for its row, and within it for its column: a scan of the whole block takes
+    several times as long here. Returns how many are stored by now.
     """
-    column = start + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    in_row = tl.sum(_is_between(key, column, low, last_of_low, high).to(tl.int32), axis=1)
+    in_row = tl.sum((key >= low).to(tl.int32), axis=1)
     # Of each row, how many lie in it and before it, and its number behind that.
     up_to_row = tl.cumsum(in_row, axis=0) * (2 * ROWS) + tl.arange(0, ROWS) + 1
     number = tl.sum(in_row, axis=0)
@@ -317,14 +307,24 @@ def _store_columns(
         row = last_past % (2 * ROWS)
         near = start + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         mask = (i < number)[:, None] & (near < num_columns)
-        near_key = tl.load(key_ptr + near, mask=mask, other=-0x80000000)
-        is_in = _is_between(near_key, near, low, last_of_low, high)
+        is_in = tl.load(key_ptr + near, mask=mask, other=-0x80000000) >= low
         rank = before_row[:, None] + tl.cumsum(is_in.to(tl.int32), axis=1)
         found = tl.sum(tl.where(is_in & (rank == i[:, None] + 1), near, 0), axis=1)
-        if MAP:
-            found = tl.load(sentence_ptr + found, mask=i < number, other=-1)
         tl.store(target_ptr + num_stored + i, found, mask=i < number)
     return num_stored + number
+
+
+@triton.jit
+def _list_below(target_ptr, listed_ptr, number, high, key_ptr, BLOCK: tl.constexpr):
+    """Store those listed whose keys are below `high`, in their order."""
+    num_stored = tl.zeros((), tl.int32)
+    for start in range(0, number, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        column = tl.load(listed_ptr + i, mask=i < number, other=0)
+        key = tl.load(key_ptr + column, mask=i < number, other=0x7FFFFFFF)
+        is_in = (key < high).to(tl.int32)
+        tl.store(target_ptr + num_stored + tl.cumsum(is_in, axis=0) - 1, column, mask=is_in != 0)
+        num_stored += tl.sum(is_in, axis=0)
 
 
 @triton.jit
@@ -333,6 +333,7 @@ def _select_sentences_kernel(
     sentence_ptr,
     histogram_ptr,
     listed_ptr,
+    few_ptr,
     address_ptr,
     count_ptr,
     selected_ptr,
@@ -357,13 +358,14 @@ def _select_sentences_kernel(
 ):
     """One KV head's selection; leaves the histogram empty.
 
-    The histogram gives the bin in which the budget ends. That bin's sentences are listed, and the place in the ranking
-    found among them from which on all fit.
+    The histogram gives the bin in which the budget ends. Its sentences and those above it are listed in one pass over
+    all keys; among those of the bin the place in the ranking is found from which on all fit.
     """
     n, b = tl.program_id(0), tl.program_id(1)
     head = (b * NUM_KV_HEADS + n).to(tl.int64)
     key_ptr += head * capacity
     listed_ptr += head * capacity
+    few_ptr += head * FEW
     histogram_ptr += head * BINS
     selected_ptr += head * most_selected
     place_ptr = tl.load(address_ptr + b * num_address + PLACE).to(tl.pointer_type(tl.int32))
@@ -387,49 +389,38 @@ def _select_sentences_kernel(
         of_row = tl.load(histogram_ptr + row * WIDTH + tl.arange(0, WIDTH))
         last, above = _first_too_many(of_row, above, room_tokens, max_selected, WIDTH)
         last += row * WIDTH
-    cut = tl.full((), -0x7FFFFFFF, tl.int64) << 32
+    # Keys from `low` up to `high` lie in that bin, keys from `high` on above it: all of these are candidates.
+    low = tl.full((), -0x7FFFFFFF, tl.int32)
+    high = low
     if last < BINS:
-        # Keys from `low` up to `high` lie in that bin.
         edge = last.to(tl.float32) * (-1.0 / BINS_PER_NAT)
         high = tl.where(last == 0, 0x7FFFFFFF, _ordered(edge) + 1)
-        low = tl.full((), -0x7FFFFFFF, tl.int32)
         if last < BINS - 1:
             low = _ordered(edge - 1.0 / BINS_PER_NAT) + 1
-        num_listed = tl.zeros((), tl.int32)
-        for start in range(0, num_columns, BLOCK):
-            key = key0
-            if not ONE_BLOCK:
-                key = tl.load(key_ptr + start + s0, mask=start + s0 < num_columns, other=-0x80000000)
-            num_listed = _store_columns(
-                listed_ptr,
-                num_listed,
-                start,
-                key,
-                low,
-                0x7FFFFFFF,
-                high,
-                key_ptr,
-                sentence_ptr,
-                num_columns,
-                False,
-                BLOCK // WIDTH,
-                WIDTH,
-                FEW,
-            )
-        tl.debug_barrier()
-        lowest = low.to(tl.int64) << 32
-        room_left = room_tokens - (above >> 32).to(tl.int32)
-        selected_left = max_selected - (above & 0xFFFFFFFF).to(tl.int32)
-        if num_listed <= FEW:
+    num_listed = tl.zeros((), tl.int32)
+    for start in range(0, num_columns, BLOCK):
+        key = key0
+        if not ONE_BLOCK:
+            key = tl.load(key_ptr + start + s0, mask=start + s0 < num_columns, other=-0x80000000)
+        num_listed = _store_columns(
+            listed_ptr, num_listed, start, key, low, key_ptr, num_columns, BLOCK // WIDTH, WIDTH, STORED
+        )
+    tl.debug_barrier()
+    cut = low.to(tl.int64) << 32
+    if last < BINS:
+        num_in_bin = num_listed - (above & 0xFFFFFFFF).to(tl.int32)
+        if num_in_bin <= FEW:
+            _list_below(few_ptr, listed_ptr, num_listed, high, key_ptr, LISTED_BLOCK)
+            tl.debug_barrier()
             cut = _cut_of_few(
-                listed_ptr,
-                num_listed,
+                few_ptr,
+                num_in_bin,
                 key_ptr,
                 sentence_ptr,
                 place_ptr,
-                lowest,
-                room_left,
-                selected_left,
+                cut,
+                room_tokens - (above >> 32).to(tl.int32),
+                max_selected - (above & 0xFFFFFFFF).to(tl.int32),
                 SOME,
                 FEW,
             )
@@ -440,35 +431,26 @@ def _select_sentences_kernel(
                 key_ptr,
                 sentence_ptr,
                 place_ptr,
-                lowest,
+                cut,
                 high.to(tl.int64) << 32,
-                room_left,
-                selected_left,
+                num_listed - num_in_bin,
+                room_tokens,
+                max_selected,
                 SOME,
                 LISTED_BLOCK,
             )
 
     num_taken = tl.zeros((), tl.int32)
-    for start in range(0, num_columns, BLOCK):
-        key = key0
-        if not ONE_BLOCK:
-            key = tl.load(key_ptr + start + s0, mask=start + s0 < num_columns, other=-0x80000000)
-        num_taken = _store_columns(
-            selected_ptr,
-            num_taken,
-            start,
-            key,
-            (cut >> 32).to(tl.int32),
-            (0x7FFFFFFF - (cut & 0xFFFFFFFF)).to(tl.int32),
-            0x7FFFFFFF,
-            key_ptr,
-            sentence_ptr,
-            num_columns,
-            SOME,
-            BLOCK // WIDTH,
-            WIDTH,
-            STORED,
-        )
+    for start in range(0, num_listed, LISTED_BLOCK):
+        i = start + tl.arange(0, LISTED_BLOCK)
+        column = tl.load(listed_ptr + i, mask=i < num_listed, other=0)
+        key = tl.load(key_ptr + column, mask=i < num_listed, other=-0x80000000)
+        taken = ((i < num_listed) & (_place_in_ranking(key, column) >= cut)).to(tl.int32)
+        found = column
+        if SOME:
+            found = tl.load(sentence_ptr + column, mask=taken != 0, other=-1)
+        tl.store(selected_ptr + num_taken + tl.cumsum(taken, axis=0) - 1, found, mask=taken != 0)
+        num_taken += tl.sum(taken, axis=0)
     k = tl.arange(0, SELECTED_BLOCK)
     tl.store(selected_ptr + k, -1, mask=(k >= num_taken) & (k < most_selected))
     tl.store(histogram_ptr + bin, tl.zeros((BINS // WIDTH, WIDTH), tl.int64))
@@ -490,6 +472,7 @@ def select_sentences_triton(
     selected = torch.empty((batch, num_kv_heads, most_selected), dtype=torch.int32, device=device)
     key = torch.empty((batch, num_kv_heads, capacity), dtype=torch.int32, device=device)
     listed = torch.empty_like(key)
+    few = key.new_empty((batch, num_kv_heads, _FEW))
     histogram = lanes.scratch("select_sentences", (lanes.num_lanes, num_kv_heads, _BINS), torch.int64)
     address_rows = lanes.address_of[0]
     early = starts_early(logit_BNGS)
@@ -525,6 +508,7 @@ def select_sentences_triton(
         key if sentence_BNS is None else sentence_BNS,
         histogram,
         listed,
+        few,
         address_rows,
         lanes.count_of,
         selected,
