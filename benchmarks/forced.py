@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sentencekv.lane import most_selected
-from sentencekv.policies import Policy, Tables
+from sentencekv.policies import Policy, Selection, Tables
 from sentencekv.session import Session
 from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.lanes import NUM_SENTENCES, STEP, Lanes
@@ -150,11 +150,11 @@ class Forced(Policy):
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         return self.policy.summarize(key_TNH, offsets)
 
-    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
-        selected_BNK = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=room_tokens)
+    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Selection:
+        selected_BNK, rest = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=room_tokens)
         assert self.schedule.window_SW.shape[1] <= selected_BNK.shape[2]
         if layer == min(lanes.lanes[0].hot_kv):  # not a sliding-window layer: those select nothing
             self._scheduled_of[lanes] = torch.empty_like(selected_BNK)
             force = force_triton if selected_BNK.is_cuda else force_ref
             force(self._scheduled_of[lanes], lanes, self.schedule)
-        return self._scheduled_of[lanes]
+        return Selection(self._scheduled_of[lanes], rest)

@@ -22,7 +22,7 @@ from benchmarks import report
 from benchmarks.decode import numbers
 from sentencekv import LongContextLM, pocket
 from sentencekv.files import TextError, load_text
-from sentencekv.policies import Policy, available, load
+from sentencekv.policies import Policy, Selection, available, load
 from sentencekv.prompts import encode, section
 from triton_ops import Lanes
 
@@ -79,9 +79,9 @@ def record(lm: LongContextLM, text: str, context_tokens: int, num_steps: int) ->
     session.expect([end for end in prompt.ends if end > max(context_tokens, session.last_expected_end)])
     selections: Selections = {}
 
-    def select(policy: Policy, q_BAH: Tensor, lanes: Lanes, layer: int, **options: Any) -> Tensor:
+    def select(policy: Policy, q_BAH: Tensor, lanes: Lanes, layer: int, **options: Any) -> Selection:
         selected = original(policy, q_BAH, lanes, layer, **options)
-        for head, ids in enumerate(selected[0].tolist()):
+        for head, ids in enumerate(selected.sentence_BNK[0].tolist()):
             selections.setdefault((layer, head), []).append([sentence for sentence in ids if sentence >= 0])
         return selected
 

@@ -29,7 +29,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import torch
 import typer
@@ -73,6 +73,15 @@ class Figures:
     kv_share: float = 0.0
 
 
+class Choice(NamedTuple):
+    """Chosen sentences, bool `[N, S]`; the order among all, `[N, S]` scores; and estimated logs of mass, `[N, G, S]`, if
+    those not chosen count by it."""
+
+    chosen_NS: Tensor
+    order_NS: Tensor
+    logit_NGS: Tensor | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Chooser:
     """A policy at a budget over one document, ready to be asked."""
@@ -95,8 +104,8 @@ class Chooser:
         ]
         return sum(2 * table.numel() if table.is_floating_point() else table.nbytes for table in tables)
 
-    def choose(self, q_AH: Tensor, layer: int, scale: float, mass_NGS: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen sentences, bool `[N, S]`, and the order among all, `[N, S]` scores. `mass_NGS`: the true mass."""
+    def choose(self, q_AH: Tensor, layer: int, scale: float, mass_NGS: Tensor) -> Choice:
+        """What it chooses by these queries. `mass_NGS`: the true mass, for the oracle."""
         room_tokens = self.session.config.room_tokens
         num_sentences = mass_NGS.shape[2]
         if self.name == ORACLE:
@@ -105,14 +114,17 @@ class Chooser:
             scores = scores_of(logit_BNGS, self.lanes)
             ids_NK = select_sentences_ref(scores, self.lanes, group="max", room_tokens=room_tokens)[0]
             order_NS = group_scores(mass_NGS.log(), group="max")
+            logit_NGS = None
         else:
             policy = self.session.policy
-            ids_NK = policy.select(q_AH[None], self.lanes, layer, scale=scale, room_tokens=room_tokens)[0]
+            ids_BNK, rest = policy.select(q_AH[None], self.lanes, layer, scale=scale, room_tokens=room_tokens)
+            ids_NK = ids_BNK[0]
             logit_NGS = policy.score(q_AH[None], self.lanes, layer, scale=scale).logit_BNGS[0, :, :, :num_sentences]
             order_NS = group_scores(logit_NGS, group=policy.group)
+            logit_NGS = logit_NGS if rest is not None else None
         chosen_NS = torch.zeros(mass_NGS.shape[0], num_sentences + 1, dtype=torch.bool, device=mass_NGS.device)
         chosen_NS.scatter_(1, torch.where(ids_NK >= 0, ids_NK.long(), num_sentences), True)
-        return chosen_NS[:, :num_sentences], order_NS
+        return Choice(chosen_NS[:, :num_sentences], order_NS, logit_NGS)
 
 
 class Text:
@@ -215,7 +227,7 @@ class Watch:
         wanted_NG = needed_NG >= _WANTED_MASS
         for chooser in text.choosers:
             figures = self._figures[chooser.name, chooser.budget]
-            chosen_NS, order_NS = chooser.choose(q_AH, layer, scale, mass_NGS)
+            chosen_NS, order_NS, estimate_NGS = chooser.choose(q_AH, layer, scale, mass_NGS)
             if self.trace is not None:
                 chosen = [row.nonzero().flatten().tolist() for row in chosen_NS]
                 self.trace({"policy": chooser.name, "budget": chooser.budget, "layer": layer, "chosen": chosen})
@@ -223,8 +235,14 @@ class Watch:
             read_NT = torch.ones(num_heads, num_tokens, dtype=torch.bool, device=kv_NTH.device)
             read_NT[:, first:stop] = chosen_NS.repeat_interleave(text.lengths, dim=1)
             part_NGT = weight_NGT * read_NT[:, None]
-            part_NGT = part_NGT / part_NGT.sum(-1, keepdim=True)
-            difference = torch.einsum("ngt,nth->ngh", part_NGT, kv_NTH[:, :, 1]) - output_NGH
+            total_NG = part_NGT.sum(-1)
+            sum_NGH = torch.einsum("ngt,nth->ngh", part_NGT, kv_NTH[:, :, 1])
+            if estimate_NGS is not None:
+                unread_NGS = estimate_NGS.masked_fill(chosen_NS[:, None], -torch.inf)
+                rest_NG = (unread_NGS - logit_NGT.logsumexp(-1, keepdim=True)).exp().sum(-1)
+                total_NG = total_NG + rest_NG
+                sum_NGH = sum_NGH + rest_NG[..., None] * kv_NTH[:, None, first:stop, 1].mean(2)
+            difference = sum_NGH / total_NG[..., None] - output_NGH
             figures.count += 1
             mass = float((beside_NG + of_chosen_NG).mean())
             figures.mass += mass

@@ -92,11 +92,11 @@ class LaneBatch:
         assert self._lanes is not None
         lanes = self._lanes
         q_BAH, k_BNH, v_BNH = (tensor.transpose(0, 1) for tensor in (q_ALH, k_NLH, v_NLH))
-        selected = resolved = None
+        selected = resolved = rest = None
         # Attention reads misses from host memory itself; codes are unpacked by a launch of their own before it.
         fetches = lanes.kv_format is None
         if sliding_window is None and self.policy.reads == "selected" and lanes.most_selected:
-            selected = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=self._room_tokens)
+            selected, rest = self.policy.select(q_BAH, lanes, layer, scale=scale, room_tokens=self._room_tokens)
             resolved = resolve_hot_set(selected, lanes, layer)
             if not fetches:
                 gather_kv(selected, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
@@ -112,6 +112,8 @@ class LaneBatch:
             sliding=sliding_window is not None,
             softcap=softcap,
             fetch=fetches,
+            # Scores know nothing of a cap on logits.
+            rest=rest if softcap is None else None,
         )
         return output_BAH.transpose(0, 1)
 

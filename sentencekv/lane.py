@@ -84,6 +84,8 @@ class SessionLane(Lane):
             ring[:, kept] = kv
             self.resident_kv[layer] = ring
         self._stacked: dict[str, Tensor] = {}
+        if selects and self.layers:
+            self._make_value_sums(places)
         self.set_places(places)
 
     def contents(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -146,6 +148,11 @@ class SessionLane(Lane):
             )
             skipped_bytes += part[0, 0, 0].nbytes
 
+    def add_values(self, value_sum_DNH: Tensor) -> None:
+        """Count sums of the values of tokens about to be closed."""
+        if self.mean_value:
+            self._stacked["value_sum"] += value_sum_DNH
+
     def forget_summaries(self) -> None:
         """Let go of summaries that are about to be replaced by longer tables, until `set_places`."""
         self.parts = []
@@ -166,6 +173,7 @@ class SessionLane(Lane):
             if count:
                 self.parts.append(Part(first, count, {layer: extent.summaries(layer) for layer in self.layers}))
             first += count
+        torch.div(self._stacked["value_sum"], max(places.num_tokens, 1), out=self._stacked["mean_value"])
         slab_of = places.slab_addresses(self.layers)
         self.slabs = {layer: [slab.rows(layer) for slab in places.slabs] for layer in self.layers}
         self.slab_of = dict(zip(self.layers, slab_of.unbind(0), strict=True))
@@ -184,6 +192,16 @@ class SessionLane(Lane):
         for i, layer in enumerate(self.layers):
             self._resident[i, :, : some.shape[1]] = recent[layer]
             self.resident_kv[layer] = self._resident[i]
+
+    def _make_value_sums(self, places: Places) -> None:
+        """Sums and means of the values of closed tokens, from the extents' own."""
+        num_heads, head_dim = self._resident.shape[1], self._resident.shape[4]
+        total = torch.zeros((len(self.layers), num_heads, head_dim), dtype=torch.float32, device=self._device)
+        for extent in places.extents:
+            if extent.num_sentences:
+                total += torch.stack([extent.value_sum(layer) for layer in self.layers])
+        self._stacked["value_sum"], self._stacked["mean_value"] = total, torch.zeros_like(total)
+        self.mean_value = dict(zip(self.layers, self._stacked["mean_value"].unbind(0), strict=True))
 
     def _make_hot_set(self, num_sentences: int) -> None:
         """Slots and tables for so many sentences; what they held is kept.

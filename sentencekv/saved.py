@@ -35,7 +35,7 @@ from sentencekv.session import Session, State
 from sentencekv.slabs import Layout, Slab
 from sentencekv.store import Extent
 
-_KIND, _VERSION = "sentencekv document", 2
+_KIND, _VERSION = "sentencekv document", 3
 _READERS = min(os.cpu_count() or 4, 16)
 """Threads that read: a checksum takes one of them longer than the disk, or the machine's cache, takes for the bytes."""
 _SAMPLED_NUMBERS = 64
@@ -43,7 +43,8 @@ _SAMPLED_NUMBERS = 64
 _SUFFIXES = ("", ".scales")
 """Of the tensors that hold a slab's rows: KV, or codes and their scales."""
 _ON_DEVICE = ("sink.", "recent.", "local.")
-"""How names of tensors begin that stay on the device, beside summaries."""
+"""How names of tensors begin that stay on the device, and what others are called:"""
+_OF_EXTENTS = (".summaries", ".value_sum.")
 _FIXED = ("policy", "policy_options", "sink_tokens", "window_tokens", "max_sentence_tokens", "kv_dtype")
 """Settings under which a document was read, and which cannot be others afterwards."""
 
@@ -106,6 +107,8 @@ def save(path: str | os.PathLike[str], owner: Owner, contents: Contents, progres
             tensors[f"{kind}.layer{layer}"] = Pieces.of(kv.contiguous())
     for e, extent in enumerate(state.extents):
         tensors[f"extent{e}.places"] = Pieces.of(extent.place_of)
+        for layer in state.recent if extent.num_sentences else ():
+            tensors[f"extent{e}.value_sum.layer{layer}"] = Pieces.of(extent.value_sum(layer))
         for layer in state.recent:
             for i, table in enumerate(extent.summaries(layer)):
                 tensors[f"extent{e}.summaries{i}.layer{layer}"] = Pieces.of(table)
@@ -218,14 +221,15 @@ def open_saved(
             tables[layer] = [on_device[name] for name in names if name in on_device]
         places = saved.read(f"extent{e}.places")
         kept = {layer: each for layer, each in tables.items() if each}
-        extents.append(Extent(memory, device, slabs, places, kept, row_bytes))
+        sums = {layer: on_device[name] for layer in layers if (name := f"extent{e}.value_sum.layer{layer}") in on_device}
+        extents.append(Extent(memory, device, slabs, places, kept, row_bytes, sums))
     session = Session.from_state(config, policy, memory, device, state)
     return Contents(whole[description["first_char"] :], prompt, Frame(**description["frame"]), session)
 
 
 def _read_for(device: torch.device, saved: SavedFile) -> dict[str, Tensor]:
     """All that stays on the device, by name, read by several threads."""
-    names = [name for name in saved if name.startswith(_ON_DEVICE) or ".summaries" in name]
+    names = [name for name in saved if name.startswith(_ON_DEVICE) or any(kind in name for kind in _OF_EXTENTS)]
     with ThreadPoolExecutor(_READERS, thread_name_prefix="sentencekv-read") as readers:
         return dict(zip(names, readers.map(lambda name: saved.read(name).to(device), names), strict=True))
 

@@ -219,8 +219,9 @@ class Session:
         self._places = Places(self._extents, self.device)
         if lane.layers:
             lane.offload(own, runs, self._places, closing)
+            kv_DNTH = lane.take_out(sum(closing))
+            lane.add_values(own.add_values(lane.layers, kv_DNTH[:, :, :, 1]))
             if self.policy.reads == "selected":
-                kv_DNTH = lane.take_out(sum(closing))
                 depth, num_heads, num_tokens, _, head_dim = kv_DNTH.shape
                 key_TNH = kv_DNTH[:, :, :, 0].permute(2, 0, 1, 3).reshape(num_tokens, depth * num_heads, head_dim)
                 stacked = self._summarize(key_TNH, self._offsets(closing))
@@ -426,6 +427,7 @@ class Session:
             assert self._own is not None
             closed = pending[:, :num_closing]
             self._own.write(layer, self._pass.runs, closed, self.config.kv_format)
+            self._own.add_values([layer], closed[None, :, :, 1])
             if self.policy.reads == "selected":
                 assert self._pass.offsets is not None
                 tables = self._summarize(closed[:, :, 0].transpose(0, 1), self._pass.offsets)

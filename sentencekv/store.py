@@ -51,8 +51,9 @@ class Extent:
         place_of: Tensor | None = None,
         tables_of_layer: Mapping[int, Sequence[Tensor]] | None = None,
         row_bytes: int = 1,
+        value_sum_of_layer: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Empty, or of sentences that another extent held: its slabs, places and summaries.
+        """Empty, or of sentences that another extent held: its slabs, places, summaries and sums of values.
 
         `row_bytes`: what a token takes of one layer and head, if known, for slabs that waste no pinned memory.
         """
@@ -66,6 +67,7 @@ class Extent:
         self._tables_of_layer: dict[int, list[GrowingTable]] = {}
         for layer, tables in (tables_of_layer or {}).items():
             self.add_summaries(layer, tables)
+        self._value_sum_of_layer = dict(value_sum_of_layer or {})
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._spares = Spares(memory, device)
         self._next_capacity = 0
@@ -88,7 +90,11 @@ class Extent:
             for layer in extents[0]._tables_of_layer
         }
         first = extents[0]
-        whole = cls(first.memory, first.device, slabs, torch.cat(places), tables, first.row_bytes)
+        sums = {
+            layer: torch.stack([extent._value_sum_of_layer[layer] for extent in extents]).sum(0)
+            for layer in first._value_sum_of_layer
+        }
+        whole = cls(first.memory, first.device, slabs, torch.cat(places), tables, first.row_bytes, sums)
         held, used = sum(slab.capacity_tokens for slab in slabs), sum(slab.used_tokens for slab in slabs)
         if held >= 2 * max(used, slab_tokens(0, 1, first.row_bytes)) and all(slab.is_loaded for slab in slabs):
             whole._pack()
@@ -99,7 +105,14 @@ class Extent:
 
         `summarize`: keys `[T, N, H]` on the device and CSR offsets `[S + 1]` to the tables of one layer; None: none.
         """
-        made = Extent(self.memory, self.device, self.slabs, self.place_of, row_bytes=self.row_bytes)
+        made = Extent(
+            self.memory,
+            self.device,
+            self.slabs,
+            self.place_of,
+            row_bytes=self.row_bytes,
+            value_sum_of_layer=self._value_sum_of_layer,
+        )
         if summarize is None:
             return made
         places = Places([self], self.device)
@@ -231,6 +244,21 @@ class Extent:
         kept = self._tables_of_layer.setdefault(layer, [GrowingTable() for _ in tables])
         for table, rows in zip(kept, tables, strict=True):
             table.append(rows)
+
+    def add_values(self, layers: Sequence[int], value_DNTH: Tensor) -> Tensor:
+        """Count the values `[D, N, T, H]` of the tokens placed last into the sums of these layers. Returns theirs."""
+        new = value_DNTH.sum(2, dtype=torch.float32)
+        fresh = [layer for layer in layers if layer not in self._value_sum_of_layer]
+        for layer in fresh:
+            self._value_sum_of_layer[layer] = torch.zeros_like(new[0])
+        # Not in place: sessions that fork share the sums of an extent that is not added to any more.
+        sums = [self._value_sum_of_layer[layer] for layer in layers]
+        self._value_sum_of_layer.update(zip(layers, torch._foreach_add(sums, list(new.unbind(0))), strict=True))
+        return new
+
+    def value_sum(self, layer: int) -> Tensor:
+        """Sum of the values of all tokens of a layer, float32 `[N, H]` on the device."""
+        return self._value_sum_of_layer[layer]
 
     def summaries(self, layer: int) -> tuple[Tensor, ...]:
         """The summary tables of one layer, none if it keeps none; views, valid until the next `add_summaries`."""

@@ -158,8 +158,10 @@ def sparse_decode(shape: Shape) -> None:
     q = queries(lanes, shape)
     k, v = (random_heads(lanes, shape.heads, shape.dim, shape.dtype) for _ in range(2))
     softcap = 50.0 if shape.dim == 256 else None
+    scores = Scores(torch.zeros(1, shape.heads, shape.group, 8192), torch.zeros(1, shape.heads, shape.group, 330, 2))
+    rest = scores if softcap is None else None
     for fetch in (False, True):
-        sparse_decode_triton(q, k, v, lanes, 0, *chosen(lanes), scale=0.1, softcap=softcap, fetch=fetch)
+        sparse_decode_triton(q, k, v, lanes, 0, *chosen(lanes), scale=0.1, softcap=softcap, fetch=fetch, rest=rest)
     if shape.group == 4:
         sparse_decode_triton(q, k, v, lanes, 1, None, None, scale=0.1, sliding=True)
 

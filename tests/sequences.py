@@ -11,7 +11,7 @@ from sentencekv import Config, policies
 from sentencekv.batch import LaneBatch
 from sentencekv.exact import exact_attention_ref
 from sentencekv.memory import HostMemory
-from sentencekv.policies import Policy
+from sentencekv.policies import Policy, Selection
 from sentencekv.session import Session
 from triton_ops import Lanes
 
@@ -150,7 +150,7 @@ class Scripted(Policy):
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
         return key_TNH[offsets[:-1]], key_TNH
 
-    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
+    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Selection:
         for lane in lanes.lanes:
             lengths = lane.place_S4[:, 0].tolist()
             assert [part.first for part in lane.parts] == [
@@ -166,7 +166,7 @@ class Scripted(Policy):
             for n, ids in enumerate(heads):
                 assert ids == sorted(ids)
                 selected[b, n, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-        return selected.to(q_BAH.device)
+        return Selection(selected.to(q_BAH.device))
 
 
 def scripted_step(session: Session, tokens: Tokens, choose: list[list[int]]) -> None:

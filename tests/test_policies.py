@@ -145,7 +145,7 @@ def test_parts_are_scored_as_one(name: str, device: torch.device) -> None:
     key, q = random_keys(38, device, heads=2), torch.randn(1, 6, 8).to(device)
     whole = lanes_of(policy, key, [[4, 1, 9, 6, 5, 3, 8, 2]])
     split = lanes_of(policy, key, [[4, 1, 9], [6], [5, 3, 8, 2]])
-    selected = [policy.select(q, lanes, 0, scale=0.4, room_tokens=20) for lanes in (whole, split)]
+    selected = [policy.select(q, lanes, 0, scale=0.4, room_tokens=20).sentence_BNK for lanes in (whole, split)]
     assert torch.equal(*selected)
     assert (selected[0] >= 0).any()
 
@@ -158,7 +158,7 @@ def test_what_a_selection_is(name: str, group: str, device: torch.device) -> Non
     lengths = [4, 1, 9, 6, 5, 3, 8, 2] * 3
     key, q = random_keys(sum(lengths), device, heads=2), torch.randn(1, 6, 8).to(device)
     lanes = lanes_of(policy, key, [lengths], max_selected=10)
-    selected = policy.select(q, lanes, 0, scale=0.4, room_tokens=30)
+    selected = policy.select(q, lanes, 0, scale=0.4, room_tokens=30).sentence_BNK
     assert selected.dtype == torch.int32
     assert selected.shape == (1, 2, 10)
     for ids in selected[0].tolist():
@@ -191,10 +191,10 @@ def test_a_shortlist_decides_what_codes_see(device: torch.device) -> None:
     key, q = random_keys(sum(lengths), device, heads=2), 3 * torch.randn(1, 6, 8).to(device)
     all_codes = policies.load("codes", {"bits": 4})
     lanes = lanes_of(all_codes, key, [lengths], max_selected=8)
-    chosen = {0: all_codes.select(q, lanes, 0, scale=0.4, room_tokens=24)}
+    chosen = {0: all_codes.select(q, lanes, 0, scale=0.4, room_tokens=24).sentence_BNK}
     for shortlist in (3, 100):
         policy = policies.load("rerank", {"shortlist": shortlist})
-        chosen[shortlist] = policy.select(q, lanes, 0, scale=0.4, room_tokens=24)
+        chosen[shortlist] = policy.select(q, lanes, 0, scale=0.4, room_tokens=24).sentence_BNK
     by_box = score_sentences(q, lanes, 0, scale=0.4, spread="range", log_length=True)
     listed = select_sentences(by_box, lanes, group="max", room_tokens=24, budgets=3)
     for head in range(2):

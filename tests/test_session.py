@@ -120,7 +120,7 @@ def test_budget_holds_for_every_head(name: str, device: torch.device, monkeypatc
         assert CONFIG.window_tokens <= recent < CONFIG.window_tokens + 2 * CONFIG.max_sentence_tokens
     lengths = session._places.place_S4[:, 0]
     assert len(selections) == 40
-    for selected in selections:
+    for selected, _ in selections:
         tokens_read = torch.where(selected >= 0, lengths[selected.clamp(min=0).long()], 0).sum(-1)
         assert (tokens_read <= CONFIG.room_tokens).all()
         almost_full = tokens_read > CONFIG.room_tokens - 2 * CONFIG.max_sentence_tokens

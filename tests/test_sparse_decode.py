@@ -12,6 +12,7 @@ from tests.lanes import DTYPES, assert_as_good, fetch, random_batch, random_head
 from triton_ops import Lanes
 from triton_ops.lanes import SHARE_UNITS
 from triton_ops.resolve_hot_set import resolve_hot_set_ref
+from triton_ops.score_sentences import Scores, scores_of
 from triton_ops.sparse_decode import sparse_decode, sparse_decode_ref, sparse_decode_triton
 
 Op = Callable[..., Tensor]
@@ -38,10 +39,12 @@ def random_step(
     softcap: float | None = None,
     seed: int = 0,
     fetched: bool = False,
+    rest: bool = False,
 ) -> Step:
     """Queries and a new token for each lane, a selection in the hot set, and the truth by brute force.
 
-    `fetched`: its misses are still in host memory, and it is the op that brings them.
+    `fetched`: its misses are still in host memory, and it is the op that brings them. `rest`: what is not selected
+    counts as one token, but in the last lane, which knows no mean value.
     """
     heads, dim = lanes.num_kv_heads, lanes.lanes[0].resident_kv[layer].shape[3]
     q = 2 * random_heads(lanes, heads * group, dim, dtype, seed)
@@ -51,6 +54,7 @@ def random_step(
     if counts is not None:
         selected = random_selection(lanes, counts, seed)
         resolved = resolve_hot_set_ref(selected, lanes, layer) if fetched else fetch(lanes, layer, selected)
+    scores = random_scores(lanes, group, layer, dim, seed) if rest else None
     sliding = layer == SLIDING
     outputs, shares = [], []
     for b, lane in enumerate(lanes.lanes):
@@ -73,19 +77,38 @@ def random_step(
             logit = scale * q[b, n * group : (n + 1) * group].double() @ kv[:, 0].T
             if softcap is not None:
                 logit = softcap * torch.tanh(logit / softcap)
+            value = kv[:, 1]
+            if scores is not None and layer in lane.mean_value:
+                unread = [s for s in range(lane.num_sentences) if s not in ids]
+                mass = scores.logit_BNGS[b, n][:, unread].double().logsumexp(-1, keepdim=True)
+                logit, value = torch.cat([logit, mass], dim=1), torch.cat([value, lane.mean_value[layer][n][None]])
             weight = logit.softmax(-1)
-            outputs.append(weight @ kv[:, 1])
+            outputs.append(weight @ value.double())
             lengths = [part.shape[0] for part in sentences]
-            for s, of_sentence in zip(ids, weight.split([*lengths, kv.shape[0] - sum(lengths)], dim=-1), strict=False):
+            for s, of_sentence in zip(ids, weight.split([*lengths, weight.shape[1] - sum(lengths)], dim=-1), strict=False):
                 share_S[s] += of_sentence.sum() / (group * heads)
         shares.append(share_S)
     output = torch.stack(outputs).view(len(lanes.lanes), heads * group, dim)
     return Step(
         (q, k, v, lanes, layer, selected, resolved),
-        {"scale": scale, "softcap": softcap, "sliding": sliding, "fetch": fetched},
+        {"scale": scale, "softcap": softcap, "sliding": sliding, "fetch": fetched, "rest": scores},
         output,
         torch.cat(shares),
     )
+
+
+def random_scores(lanes: Lanes, group: int, layer: int, dim: int, seed: int) -> Scores:
+    """Logits of all sentences, some of them far above the others, NaN where there are none; mean values to them."""
+    generator = torch.Generator().manual_seed(seed)
+    for lane in lanes.lanes[:-1]:
+        device = lane.place_S4.device
+        lane.mean_value[layer] = torch.randn(lanes.num_kv_heads, dim, generator=generator).to(device)
+    lanes.seat(lanes.lanes)
+    shape = (lanes.num_lanes, lanes.num_kv_heads, group, lanes.capacity)
+    logit = 4 * torch.randn(shape, generator=generator).to(lanes.device) - 2
+    for b in range(lanes.num_lanes):
+        logit[b, :, :, lanes.lanes[b].num_sentences if b < len(lanes.lanes) else 0 :] = torch.nan
+    return scores_of(logit, lanes)
 
 
 def shares(lanes: Lanes) -> Tensor:
@@ -118,6 +141,25 @@ def test_one_softmax(counts: list[list[int]] | None, softcap: float | None, devi
         assert (output[3] == 0).all(), "a lane without a sequence has nothing to attend to"
         torch.testing.assert_close(shares(lanes).double(), step.share, rtol=1e-5, atol=1e-6)
         assert_new_token_is_kept(before, step)
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_the_rest_is_one_token_more(fetched: bool, device: torch.device) -> None:
+    lanes = random_batch(RAGGED, device)
+    step = random_step(lanes, 3, torch.float32, COUNTS, rest=True, fetched=fetched)
+    output = sparse_decode_ref(*step.arguments, **step.options)
+    torch.testing.assert_close(output[:3].double(), step.output, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shares(lanes).double(), step.share, rtol=1e-5, atol=1e-6)
+    without = sparse_decode_ref(*step.arguments, **{**step.options, "rest": None})
+    assert ((without - output)[:2].norm(dim=-1) > 0.01).any()
+    assert torch.equal(without[2], output[2]), "a lane that knows no mean value"
+
+
+def test_nothing_is_left_when_all_is_selected(device: torch.device) -> None:
+    lanes = random_batch([[[3, 4, 5]], [[2]]], device)
+    step = random_step(lanes, 3, torch.float32, [[3, 3], [1, 1]], rest=True)
+    both = [sparse_decode(*step.arguments, **{**step.options, "rest": rest}) for rest in (step.options["rest"], None)]
+    assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("size", [5, 9, 200])
@@ -265,6 +307,17 @@ def test_kernel_on_a_ring(size: int, dtype: torch.dtype, kernel_device: torch.de
         options = {"residents": [80, 14, 0], "dtype": dtype, "ring": {SLIDING: size}}
         lanes = random_batch([[[8, 5]], [[3]], []], kernel_device, **options)
         return lanes, random_step(lanes, 3, dtype, None, layer=SLIDING)
+
+    check_kernel(make)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "fetched"), [(1, False), (4, True), (7, True)])
+def test_kernel_with_the_rest(group: int, fetched: bool, dtype: torch.dtype, kernel_device: torch.device) -> None:
+    def make() -> tuple[Lanes, Step]:
+        lanes = random_batch(RAGGED, kernel_device, dtype=dtype)
+        return lanes, random_step(lanes, group, dtype, COUNTS, rest=True, fetched=fetched)
 
     check_kernel(make)
 

@@ -30,7 +30,8 @@ PLACE = tl.constexpr(5)
 SLABS = tl.constexpr(6)
 SHARE = tl.constexpr(7)
 TRAFFIC = tl.constexpr(8)
-PARTS = tl.constexpr(9)
+MEAN_VALUE = tl.constexpr(9)
+PARTS = tl.constexpr(10)
 """From here, four columns for each part: first sentence, number of sentences, addresses of its two tables."""
 
 # Columns of `Lanes.count_of`, int32, one row for each lane.
@@ -123,6 +124,9 @@ class Lane:
     traffic: Tensor
     """int64 `[3]`: sentences selected, sentences missed, tokens copied."""
 
+    mean_value: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    """float32 `[N, H]`: the mean value of all tokens of the lane's sentences; none where nothing is estimated."""
+
     num_resident: int = 0
     num_sentences: int = 0
     max_selected: int = 0
@@ -162,6 +166,7 @@ class Lane:
             row[SENTENCE_OF_SLOT.value] = self.sentence_of_slot[layer].data_ptr()
             row[LAST_USED.value] = self.last_used[layer].data_ptr()
             row[SLOT_OF_SENTENCE.value] = self.slot_of_sentence[layer].data_ptr()
+            row[MEAN_VALUE.value] = self.mean_value[layer].data_ptr() if layer in self.mean_value else 0
             row[SLABS.value] = self.slab_of[layer].data_ptr()
             for i, part in enumerate(self.parts):
                 tables = part.tables[layer]

@@ -328,6 +328,23 @@ def _list_below(target_ptr, listed_ptr, number, high, key_ptr, BLOCK: tl.constex
 
 
 @triton.jit
+def _store_from(target_ptr, listed_ptr, number, cut, key_ptr, sentence_ptr, SOME: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the sentences of those listed whose place in the ranking is at least `cut`; returns how many they are."""
+    num_taken = tl.zeros((), tl.int32)
+    for start in range(0, number, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        column = tl.load(listed_ptr + i, mask=i < number, other=0)
+        key = tl.load(key_ptr + column, mask=i < number, other=-0x80000000)
+        taken = ((i < number) & (_place_in_ranking(key, column) >= cut)).to(tl.int32)
+        found = column
+        if SOME:
+            found = tl.load(sentence_ptr + column, mask=taken != 0, other=-1)
+        tl.store(target_ptr + num_taken + tl.cumsum(taken, axis=0) - 1, found, mask=taken != 0)
+        num_taken += tl.sum(taken, axis=0)
+    return num_taken
+
+
+@triton.jit
 def _select_sentences_kernel(
     key_ptr,
     sentence_ptr,
@@ -440,17 +457,7 @@ def _select_sentences_kernel(
                 LISTED_BLOCK,
             )
 
-    num_taken = tl.zeros((), tl.int32)
-    for start in range(0, num_listed, LISTED_BLOCK):
-        i = start + tl.arange(0, LISTED_BLOCK)
-        column = tl.load(listed_ptr + i, mask=i < num_listed, other=0)
-        key = tl.load(key_ptr + column, mask=i < num_listed, other=-0x80000000)
-        taken = ((i < num_listed) & (_place_in_ranking(key, column) >= cut)).to(tl.int32)
-        found = column
-        if SOME:
-            found = tl.load(sentence_ptr + column, mask=taken != 0, other=-1)
-        tl.store(selected_ptr + num_taken + tl.cumsum(taken, axis=0) - 1, found, mask=taken != 0)
-        num_taken += tl.sum(taken, axis=0)
+    num_taken = _store_from(selected_ptr, listed_ptr, num_listed, cut, key_ptr, sentence_ptr, SOME, LISTED_BLOCK)
     k = tl.arange(0, SELECTED_BLOCK)
     tl.store(selected_ptr + k, -1, mask=(k >= num_taken) & (k < most_selected))
     tl.store(histogram_ptr + bin, tl.zeros((BINS // WIDTH, WIDTH), tl.int64))

@@ -9,7 +9,9 @@ from triton_ops.early_start import launch_options, starts_early, wait_for_inputs
 from triton_ops.gather_kv import gather_kv_ref
 from triton_ops.lanes import (
     HOT,
+    MEAN_VALUE,
     NUM_RESIDENT,
+    NUM_SENTENCES,
     NUM_SLOTS,
     PLACE,
     PLACE_ROW,
@@ -24,6 +26,7 @@ from triton_ops.lanes import (
     element_type,
 )
 from triton_ops.resolve_hot_set import Resolved
+from triton_ops.score_sentences import Scores
 
 _ROWS = 128
 _ROWS_FETCHED = 64
@@ -32,6 +35,8 @@ their own take registers); and no more than so many bytes:"""
 _MOST_BYTES = 128 << 10
 _PROGRAMS = 528
 """Programs to aim at: a step's latency is what counts, so few of them should have more than one block to read."""
+_NO_WEIGHT = tl.constexpr(-1e30)
+"""Log of a weight that is none, and finite."""
 _MERGED_NUMBERS = 512
 """Numbers that each warp of the merging program adds up at a time."""
 
@@ -49,6 +54,7 @@ def sparse_decode_ref(
     sliding: bool = False,
     softcap: float | None = None,
     fetch: bool = False,
+    rest: Scores | None = None,
 ) -> Tensor:
     """softmax(q k^T) v over the selected sentences, the resident tokens and the new one, as one softmax: `[B, A, H]`.
 
@@ -63,6 +69,8 @@ def sparse_decode_ref(
         sliding: whether this is a sliding-window layer, whose resident tokens are a ring.
         scale: multiplies the logits; softcap: `softcap * tanh(logit / softcap)` after it (Gemma 2).
         fetch: misses are not in their slots yet; they are read from host memory, and written there (`gather_kv`).
+        rest: scores, logs of mass, of all sentences: those not selected are one more token in the softmax, with the sum
+            of their masses, and the lane's `mean_value`.
     """
     if fetch and selected_BNK is not None and resolved is not None:
         gather_kv_ref(selected_BNK, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
@@ -88,7 +96,13 @@ def sparse_decode_ref(
         # Rows that nobody wrote may hold anything, and 0 * NaN is NaN: values are zeroed, logits set to -inf.
         picked = picked.masked_fill(~valid_NKM[..., None, None], 0)
         kv = torch.cat([picked.flatten(1, 2), resident[:, :count]], dim=1)
-        result, weight = _attend(q_NGH, kv, scale, softcap, valid_NKM.flatten(1))
+        unread = None
+        if rest is not None and layer in lane.mean_value:
+            unread_NGS = rest.logit_BNGS[b, :, :, : lane.num_sentences].clone()
+            for n, ids in enumerate(selected_NK):
+                unread_NGS[n, :, ids[ids >= 0]] = -torch.inf
+            unread = unread_NGS.logsumexp(-1), lane.mean_value[layer]
+        result, weight = _attend(q_NGH, kv, scale, softcap, valid_NKM.flatten(1), unread)
         output[b] = result.flatten(0, 1)
         share_NK = weight[:, :, : num_selected * slot_tokens].unflatten(2, (num_selected, slot_tokens)).sum(-1).mean(1)
         share_NK = share_NK / num_kv_heads
@@ -98,16 +112,26 @@ def sparse_decode_ref(
 
 
 def _attend(
-    q_NGH: Tensor, kv_NTH: Tensor, scale: float, softcap: float | None, valid_NT: Tensor | None = None
+    q_NGH: Tensor,
+    kv_NTH: Tensor,
+    scale: float,
+    softcap: float | None,
+    valid_NT: Tensor | None = None,
+    unread: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[N, G, H]` and float32 weights `[N, G, T]`; `valid_NT` says which of the first tokens count."""
+    """Output `[N, G, H]` and float32 weights `[N, G, T]`; `valid_NT` says which of the first tokens count. `unread`:
+    logit `[N, G]` and value `[N, H]` of one more token, the last."""
     logit = torch.matmul(q_NGH, kv_NTH[:, :, 0].transpose(1, 2)).float() * scale
     if softcap is not None:
         logit = softcap * torch.tanh(logit / softcap)
     if valid_NT is not None:
         logit[:, :, : valid_NT.shape[1]].masked_fill_(~valid_NT[:, None], -torch.inf)
+    value = kv_NTH[:, :, 1]
+    if unread is not None:
+        logit = torch.cat([logit, unread[0][..., None]], dim=-1)
+        value = torch.cat([value, unread[1][:, None].to(value.dtype)], dim=1)
     weight = torch.softmax(logit, dim=-1)
-    return torch.matmul(weight.to(kv_NTH.dtype), kv_NTH[:, :, 1]), weight
+    return torch.matmul(weight.to(value.dtype), value), weight
 
 
 @triton.jit
@@ -117,6 +141,43 @@ def _logits(q, key, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constex
         # tanh by exp: softcap * (1 - 2 / (exp(2x) + 1))
         logit = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logit / softcap) + 1.0))
     return logit
+
+
+@triton.jit
+def _log_unread(
+    logit_ptr,
+    extent_ptr,
+    selected_ptr,
+    number,
+    capacity,
+    num_extents,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    FEWER: tl.constexpr,
+    EXTENT_BLOCK: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
+):
+    """For each query head of a group, the log of the mass of all sentences less that of the selected ones."""
+    m = tl.arange(0, FEWER)
+    in_group = m < GROUP
+    x = tl.arange(0, EXTENT_BLOCK)
+    pair_ptr = extent_ptr + m[:, None] * (2 * num_extents) + 2 * x[None, :]
+    there = in_group[:, None] & (x < num_extents)[None, :]
+    top_GX = tl.load(pair_ptr, mask=there, other=float("-inf"))
+    sum_GX = tl.load(pair_ptr + 1, mask=there, other=0.0)
+    k = tl.arange(0, SELECTED_BLOCK)
+    sentence = tl.load(selected_ptr + k, mask=k < number, other=0)
+    logit_GK = tl.load(
+        logit_ptr + m[:, None].to(tl.int64) * capacity + sentence[None, :],
+        mask=in_group[:, None] & (k < number)[None, :],
+        other=float("-inf"),
+    )
+    top = tl.max(top_GX, axis=1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    unread = tl.sum(sum_GX * tl.exp(top_GX - top[:, None]), axis=1) - tl.sum(tl.exp(logit_GK - top[:, None]), axis=1)
+    log_unread = tl.where(unread > 0, top + tl.log(tl.maximum(unread, 1e-37)), _NO_WEIGHT)
+    g = tl.arange(0, GROUP_BLOCK)
+    return tl.sum(tl.where(g[:, None] == m[None, :], log_unread[None, :], 0.0), axis=1)
 
 
 @triton.jit
@@ -136,8 +197,12 @@ def _sparse_decode_kernel(
     extent_ptr,
     sentence_ptr,
     arrived_ptr,
+    rest_logit_ptr,
+    rest_extent_ptr,
     scale,
     softcap,
+    rest_columns,
+    rest_extents,
     most_selected,
     q_stride_b,
     q_stride_a,
@@ -164,8 +229,10 @@ def _sparse_decode_kernel(
     MERGED_GROUP: tl.constexpr,
     MERGED_COLUMNS: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
+    EXTENT_BLOCK: tl.constexpr,
     RING: tl.constexpr,
     FETCH: tl.constexpr,
+    REST: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -255,6 +322,28 @@ def _sparse_decode_kernel(
         resident_ptr = tl.multiple_of(resident.to(tl.pointer_type(DTYPE)), 16) + n.to(tl.int64) * num_rows * ROW
         new_key = tl.load(k_ptr + b.to(tl.int64) * k_stride_b + n * k_stride_n + h, mask=in_head, other=0.0)
         new_value = tl.load(v_ptr + b.to(tl.int64) * v_stride_b + n * v_stride_n + h, mask=in_head, other=0.0)
+        if REST:
+            # One program has what is not selected, as one token more, before it reads any.
+            if split == SLOT_SPLITS:
+                mean_address = tl.load(address_ptr + MEAN_VALUE)
+                if (mean_address != 0) & (tl.load(number_ptr + head) < tl.load(count_ptr + NUM_SENTENCES)):
+                    highest = _log_unread(
+                        rest_logit_ptr + head * GROUP * rest_columns,
+                        rest_extent_ptr + head * GROUP * (2 * rest_extents),
+                        selected_ptr + head * most_selected,
+                        tl.load(number_ptr + head),
+                        rest_columns,
+                        rest_extents,
+                        GROUP,
+                        GROUP_BLOCK,
+                        MERGED_GROUP,
+                        EXTENT_BLOCK,
+                        SELECTED_BLOCK,
+                    )
+                    total = tl.full((GROUP_BLOCK,), 1.0, tl.float32)
+                    mean_ptr = mean_address.to(tl.pointer_type(tl.float32)) + n * HEAD_DIM
+                    mean_value = tl.load(mean_ptr + h, mask=in_head, other=0.0)
+                    value_sum += mean_value[None, :]
         for start in range((split - SLOT_SPLITS) * ROWS, count, (SPLITS - SLOT_SPLITS) * ROWS):
             row = start + tl.arange(0, ROWS)
             valid = row < count
@@ -347,6 +436,7 @@ def sparse_decode_triton(
     sliding: bool = False,
     softcap: float | None = None,
     fetch: bool = False,
+    rest: Scores | None = None,
 ) -> Tensor:
     """Attention over slots and resident tokens, by one kernel: partial results, merged by the last program to end."""
     batch, num_heads, head_dim = q_BAH.shape
@@ -377,6 +467,8 @@ def sparse_decode_triton(
     )
     assert not fetch or lanes.kv_format is None, "host memory holds codes: gather_kv unpacks them"
     assert not fetch or 2 * head_dim * dtype.itemsize % 16 == 0, "rows of host memory are read 16 bytes at a time"
+    rest = rest if resolved is not None else None
+    assert rest is None or (rest.sentence_BNS is None and rest.logit_BNGS.is_contiguous())
     output = torch.empty((batch, num_heads, head_dim), dtype=dtype, device=device)
     partial = torch.empty((batch * num_heads * splits * head_dim,), dtype=torch.float32, device=device)
     extent = torch.empty((batch * num_heads * splits * 2,), dtype=torch.float32, device=device)
@@ -396,8 +488,12 @@ def sparse_decode_triton(
         extent,
         of_sentence,
         lanes.scratch("sparse_decode", (lanes.num_lanes, num_kv_heads), torch.int32),
+        never_read if rest is None else rest.logit_BNGS,
+        never_read if rest is None else rest.extent_BNGX2,
         scale,
         softcap or 1.0,
+        0 if rest is None else rest.logit_BNGS.shape[3],
+        0 if rest is None else rest.extent_BNGX2.shape[3],
         most_selected,
         q_BAH.stride(0),
         q_BAH.stride(1),
@@ -424,8 +520,10 @@ def sparse_decode_triton(
         MERGED_GROUP=merged_group,
         MERGED_COLUMNS=columns,
         SELECTED_BLOCK=triton.next_power_of_2(max(most_selected, 1)),
+        EXTENT_BLOCK=1 if rest is None else triton.next_power_of_2(rest.extent_BNGX2.shape[3]),
         RING=sliding,
         FETCH=fetch,
+        REST=rest is not None,
         SOFTCAP=softcap is not None,
         PRECISION="ieee" if dtype == torch.float32 else "tf32",
         DTYPE=element_type(dtype),
@@ -451,8 +549,9 @@ def sparse_decode(
     sliding: bool = False,
     softcap: float | None = None,
     fetch: bool = False,
+    rest: Scores | None = None,
 ) -> Tensor:
     """Attention of one new token over slots and resident tokens; see `sparse_decode_ref`."""
     op = sparse_decode_triton if q_BAH.is_cuda else sparse_decode_ref
     given = (q_BAH, k_BNH, v_BNH, lanes, layer, selected_BNK, resolved)
-    return op(*given, scale=scale, sliding=sliding, softcap=softcap, fetch=fetch)
+    return op(*given, scale=scale, sliding=sliding, softcap=softcap, fetch=fetch, rest=rest)

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,14 @@ from triton_ops.select_sentences import Group
 
 Tables = tuple[Tensor, ...]
 """A policy's summaries of some sentences: tables whose rows are sentences, or tokens, in order."""
+
+
+class Selection(NamedTuple):
+    """What a policy chose: ids of sentences, int32 `[B, N, K]`, rising, padded with -1; and the scores by which
+    attention estimates what it leaves out, None if it does not."""
+
+    sentence_BNK: Tensor
+    rest: Scores | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +44,22 @@ class Policy:
     settings: ClassVar[Mapping[str, Any]] = {}
     """Fields of `Config` that the policy is defined by; they stand in for the configuration's own."""
 
+    estimates_mass: ClassVar[bool] = False
+    """Whether scores are logs of attention mass, on the scale of the attention logits, for every sentence."""
+
     group: Group = "max"
     """How the query heads that share a KV head agree on one choice: `max` or `mean` of their shares."""
 
+    rest: bool = False
+    """Whether sentences that are not read count as one more token: with their estimated mass, and the mean value of the
+    context. For policies that estimate mass."""
+
     def __post_init__(self) -> None:
+        if self.rest not in (True, False):
+            raise ValueError(f"policy option rest must be 1 or 0, got {self.rest!r}")
+        object.__setattr__(self, "rest", bool(self.rest))
+        if self.rest and not self.estimates_mass:
+            raise ValueError("policy option rest is for policies that estimate attention mass: codes and moments")
         if self.group not in ("max", "mean"):
             raise ValueError(f"policy option group must be 'max' or 'mean', got {self.group!r}")
 
@@ -60,13 +80,14 @@ class Policy:
         """
         raise NotImplementedError
 
-    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
-        """Ids of the chosen sentences, int32 `[B, N, K]`, rising, padded with -1; at most `room_tokens` per head.
+    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Selection:
+        """The chosen sentences, with at most `room_tokens` tokens for each KV head.
 
         Runs inside a CUDA graph: no host synchronisation, and launches that do not depend on what lanes hold.
         """
         scores = self.score(q_BAH, lanes, layer, scale=scale)
-        return select_sentences(scores, lanes, group=self.group, room_tokens=room_tokens)
+        ids = select_sentences(scores, lanes, group=self.group, room_tokens=room_tokens)
+        return Selection(ids, scores if self.rest else None)
 
     @classmethod
     def describe(cls) -> str:

@@ -17,6 +17,10 @@ class Codes(Policy):
     dimension and a byte per dimension and sentence.
     """
 
+    estimates_mass = True
+
+    rest: bool = True
+
     bits: int = 2
     """Bits per dimension: 1, 2 or 4."""
 

@@ -17,6 +17,8 @@ class Moments(Policy):
     scale 1/sqrt(H) folded into q; a sentence of n tokens has n times that mass.
     """
 
+    estimates_mass = True
+
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         moments = summarize(key_TNH, offsets)
         return (torch.stack([moments.mean, 0.5 * moments.variance], dim=2),)

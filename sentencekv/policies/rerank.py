@@ -4,6 +4,7 @@ import dataclasses
 
 from torch import Tensor
 
+from sentencekv.policies import Selection
 from sentencekv.policies.codes import Codes
 from triton_ops import Lanes, score_codes, score_sentences, select_sentences
 
@@ -16,6 +17,10 @@ class Rerank(Codes):
     contexts, and misses what boxes miss (`docs/policies.md`).
     """
 
+    estimates_mass = False
+
+    rest: bool = False
+
     bits: int = 4
     """Bits per dimension: 1, 2 or 4."""
 
@@ -27,8 +32,8 @@ class Rerank(Codes):
         if not isinstance(self.shortlist, int) or self.shortlist < 2:
             raise ValueError(f"policy option shortlist must be at least 2, got {self.shortlist!r}")
 
-    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Tensor:
+    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Selection:
         by_box = score_sentences(q_BAH, lanes, layer, scale=scale, spread="range", log_length=True)
         listed = select_sentences(by_box, lanes, group=self.group, room_tokens=room_tokens, budgets=self.shortlist)
         by_codes = score_codes(q_BAH, lanes, layer, scale=scale, bits=self.bits, sentence_BNS=listed)
-        return select_sentences(by_codes, lanes, group=self.group, room_tokens=room_tokens)
+        return Selection(select_sentences(by_codes, lanes, group=self.group, room_tokens=room_tokens))
