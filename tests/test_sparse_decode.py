@@ -85,7 +85,9 @@ def random_step(
             weight = logit.softmax(-1)
             outputs.append(weight @ value.double())
             lengths = [part.shape[0] for part in sentences]
-            for s, of_sentence in zip(ids, weight.split([*lengths, weight.shape[1] - sum(lengths)], dim=-1), strict=False):
+            for s, of_sentence in zip(
+                ids, weight.split([*lengths, weight.shape[1] - sum(lengths)], dim=-1), strict=False
+            ):
                 share_S[s] += of_sentence.sum() / (group * heads)
         shares.append(share_S)
     output = torch.stack(outputs).view(len(lanes.lanes), heads * group, dim)
