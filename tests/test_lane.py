@@ -114,6 +114,7 @@ def test_a_hot_set_that_grows_keeps_what_it_has(device: torch.device) -> None:
     def close_sentences(start: int, count: int) -> Places:
         extent.write(0, extent.place(8 * start, [8] * count), kv[:, 8 * start : 8 * (start + count)])
         extent.flush()
+        extent.add_values([0], kv[None, :, 8 * start : 8 * (start + count), 1])
         extent.add_summaries(0, [torch.zeros(count, HEADS, 1, DIM, device=device)])
         return Places([extent], device)
 

@@ -196,7 +196,7 @@ def test_too_little_host_memory_is_known_before_reading(lm: LongContextLM, saved
 
 def test_files_of_other_versions(lm: LongContextLM, tmp_path: Path) -> None:
     for kind, version, message in (
-        ("sentencekv document", 99, "has version 99 of its format, and this release reads version 2"),
+        ("sentencekv document", 99, "has version 99 of its format, and this release reads version 3"),
         ("sentencekv document", None, "has version None"),
         ("another", 1, "is not a document that sentencekv saved"),
     ):
