@@ -74,8 +74,8 @@ class Figures:
 
 
 class Choice(NamedTuple):
-    """Chosen sentences, bool `[N, S]`; the order among all, `[N, S]` scores; and estimated logs of mass, `[N, G, S]`, if
-    those not chosen count by it."""
+    """Chosen sentences, bool `[N, S]`; the order among all, `[N, S]` scores; and estimated logs of mass, `[N, G, S]`,
+    if those not chosen count by it."""
 
     chosen_NS: Tensor
     order_NS: Tensor

@@ -221,7 +221,7 @@ def open_saved(
             tables[layer] = [on_device[name] for name in names if name in on_device]
         places = saved.read(f"extent{e}.places")
         kept = {layer: each for layer, each in tables.items() if each}
-        sums = {layer: on_device[name] for layer in layers if (name := f"extent{e}.value_sum.layer{layer}") in on_device}
+        sums = {layer: on_device[f"extent{e}.value_sum.layer{layer}"] for layer in layers if len(places)}
         extents.append(Extent(memory, device, slabs, places, kept, row_bytes, sums))
     session = Session.from_state(config, policy, memory, device, state)
     return Contents(whole[description["first_char"] :], prompt, Frame(**description["frame"]), session)

@@ -255,8 +255,8 @@ def _cut_of_many(
     SOME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `_cut_of_few` for any number: halves the interval from `low`, below all, to `high`, from which on `fitting` are
-    listed that fit."""
+    """As `_cut_of_few` for any number: halves the interval from `low`, below all, to `high`, from which on `fitting`
+    are listed that fit."""
     least = number
     middle = _middle(low, high)
     while (middle != low) & (least - fitting > 1):

@@ -322,7 +322,7 @@ def _sparse_decode_kernel(
         resident_ptr = tl.multiple_of(resident.to(tl.pointer_type(DTYPE)), 16) + n.to(tl.int64) * num_rows * ROW
         new_key = tl.load(k_ptr + b.to(tl.int64) * k_stride_b + n * k_stride_n + h, mask=in_head, other=0.0)
         new_value = tl.load(v_ptr + b.to(tl.int64) * v_stride_b + n * v_stride_n + h, mask=in_head, other=0.0)
-        if REST:
+        if REST:  # noqa: SIM102 known when this is compiled
             # One program has what is not selected, as one token more, before it reads any.
             if split == SLOT_SPLITS:
                 mean_address = tl.load(address_ptr + MEAN_VALUE)
