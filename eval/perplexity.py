@@ -1,0 +1,118 @@
+"""Perplexity of texts under policies and budgets, beside that under full attention.
+
+    python -m eval.perplexity --text novel.txt --policies codes,codes:rest=0,moments --budgets 512 --context 16384 \\
+        --settings max_sentence_tokens=16,min_sentence_tokens=8
+
+The context is read exactly, the tokens after it are scored one by one, as in generation: what is measured is decoding.
+Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from eval.needle import as_config, environment, load_texts, progress_bar, whole_numbers
+from sentencekv import Config, LongContextLM
+
+
+def settings_of(given: str) -> dict[str, int]:
+    """Fields of `Config` written `field=number,field=number`. Raises typer.BadParameter."""
+    known = {field.name for field in dataclasses.fields(Config) if field.name.endswith("_tokens")}
+    pairs = [part.partition("=") for part in given.split(",") if part]
+    wrong = [f"{name}={value}" for name, _, value in pairs if name not in known or not value.isdecimal()]
+    if wrong:
+        fields = ", ".join(sorted(known))
+        raise typer.BadParameter(f"settings are written field=number,field=number, got {wrong[0]!r}; fields: {fields}")
+    return {name: int(value) for name, _, value in pairs}
+
+
+def part_of(lm: LongContextLM, text: str, first: int, num_tokens: int) -> str:
+    """So many tokens of a text, from the token `first` on. Raises typer.BadParameter if it has fewer."""
+    spans = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if len(spans) < first + num_tokens:
+        raise typer.BadParameter(f"a text has {len(spans)} tokens and {first + num_tokens} are needed")
+    return text[spans[first][0] : spans[first + num_tokens - 1][1]]
+
+
+def measure(lm: LongContextLM, text: str, tokens: int) -> dict[str, Any]:
+    """Perplexity of the last `tokens` tokens of a text, and how long its sentences are."""
+    prompt = lm._encode(text)
+    total = len(prompt.token_ids)
+    found = lm.perplexity(text, context_tokens=total - tokens, stride=tokens)
+    return {"perplexity": found.value, "tokens_per_sentence": total / max(len(prompt.ends), 1)}
+
+
+def main(
+    text: Annotated[list[Path], typer.Option(help="A text file or folder; may be given again.")],
+    model: Annotated[str, typer.Option(help="Model folder, hub name, or 'pocket'.")] = "pocket",
+    policies: Annotated[str, typer.Option(help="Comma-separated policies.")] = "codes,codes:rest=0,moments,mean",
+    budgets: Annotated[str, typer.Option(help="Comma-separated budgets in tokens.")] = "512",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(help="Other settings, as max_sentence_tokens=16,window_tokens=32; may be given again."),
+    ] = None,
+    context: Annotated[int, typer.Option(min=16, help="Tokens that are read before any is scored.")] = 16384,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are scored.")] = 1024,
+    first: Annotated[int, typer.Option(min=0, help="Token of each text at which its part begins.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Perplexity by policy, budget and settings."""
+    texts = load_texts(text)
+    given = [settings_of(each) for each in settings or [""]]
+    lm = LongContextLM.from_pretrained(model, device=device, dtype=dtype)
+    try:
+        engines = {
+            (name, budget, number): lm.with_config(**as_config(name), budget_tokens=budget, **chosen)
+            for number, chosen in enumerate(given)
+            for name in policies.split(",")
+            for budget in whole_numbers(budgets, "budgets")
+        }
+        dense = lm.with_config(policy="full")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    parts = [part_of(lm, each, first, context + tokens) for each in texts]
+    rows: list[dict[str, Any]] = []
+    with progress_bar() as bar:
+        task = bar.add_task("texts", total=(1 + len(engines)) * len(parts))
+        for path, part in zip(text, parts, strict=True):
+            bar.update(task, description=f"full on {path.stem}")
+            full = measure(dense, part, tokens)["perplexity"]
+            bar.advance(task)
+            for (name, budget, number), engine in engines.items():
+                bar.update(task, description=f"{name} {budget} on {path.stem}")
+                row = {"text": path.stem, "policy": name, "budget_tokens": budget, "settings": given[number]}
+                row |= {"full": full, **measure(engine, part, tokens)}
+                rows.append(row | {"ratio": row["perplexity"] / full})
+                bar.advance(task)
+    table = Table("policy", "budget", "settings", "tokens a sentence", *[path.stem for path in text])
+    for name, budget, number in engines:
+        same = [
+            row
+            for row in rows
+            if (row["policy"], row["budget_tokens"], row["settings"]) == (name, budget, given[number])
+        ]
+        lengths = [row["tokens_per_sentence"] for row in same]
+        table.add_row(
+            name,
+            str(budget),
+            ", ".join(f"{field}={value}" for field, value in given[number].items()) or "-",
+            f"{sum(lengths) / len(lengths):.1f}",
+            *[f"{row['perplexity']:.3f} ({row['ratio'] - 1:+.2%})" for row in same],
+        )
+    out = Console()
+    out.print(table)
+    out.print("full attention: " + ", ".join(f"{row['full']:.3f}" for row in rows[:: len(engines)]))
+    result = {"task": "perplexity", "model": model, "context_tokens": context, "tokens": tokens, "first": first}
+    out.file.write(json.dumps({**result, "rows": rows, **environment(lm)}) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
