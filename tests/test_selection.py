@@ -8,7 +8,7 @@ import pytest
 import torch
 import typer
 
-from eval import selection
+from eval import selection, watching
 from eval.needle import make_cases
 from sentencekv import LongContextLM
 
@@ -50,6 +50,9 @@ def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert min(oracle["mass_of_sentences"], fine["mass_of_sentences"]) > codes["mass_of_sentences"] > 0
     assert mean["needed_rank_median"] >= oracle["needed_rank_median"] == 1
     assert oracle["summary_bytes_per_token"] == 0 < mean["summary_share_of_kv"] < codes["summary_share_of_kv"]
+    assert fine["calibration"] == pytest.approx(1, abs=0.05)
+    assert len(codes["calibration_by_layer"]) == len(codes["output_error_by_layer"]) == 8
+    assert mean["calibration"] is None
     # Two and four bits of 64 dimensions, 2 heads, 8 layers.
     more = fine["summary_bytes_per_token"] - codes["summary_bytes_per_token"]
     assert more == pytest.approx(2 / 8 * 64 * 2 * 8, rel=0.2)
@@ -75,6 +78,13 @@ def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_rest_lowers_the_error(capsys: pytest.CaptureFixture[str]) -> None:
+    selection.main(**{**SMALL, "policies": "codes,codes:rest=0", "budgets": "128"})
+    with_rest, without, _ = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert with_rest["mass"] == without["mass"]
+    assert with_rest["output_error"] < 0.9 * without["output_error"]
+
+
 def test_watching_changes_nothing(prose: str) -> None:
     """Dense attention answers as `full` does, and the fact's sentence is where it was hidden."""
     lm = LongContextLM.from_pretrained("pocket", device="cpu", policy="full")
@@ -82,23 +92,23 @@ def test_watching_changes_nothing(prose: str) -> None:
     (case,) = make_cases(lm, [prose * 3], 600, 1, 2)
     seen: list[int] = []
 
-    class Taking(selection.Watch):
+    class Taking(watching.Watch):
         def attend(self, layer: int, *given: Any, **keywords: Any) -> torch.Tensor:
             if layer == 0 and self.counts:
                 seen.append(1)
             return super().attend(layer, *given, **keywords)
 
     with lm.read(case.hidden.text) as document:
-        text = selection.Text(document, selection.choosers_of(document, engines))
+        text = watching.Text(document, watching.choosers_of(document, engines))
         for fact, (start, stop) in zip(case.facts, case.hidden.spans, strict=True):
             sentences = text.sentences_of(start, stop)
             first, last = text.spans[sentences[0]][0], text.spans[sentences[-1]][1]
             spans = document._contents.prompt.spans[first:last] - len(document._contents.frame.before)
             assert fact.sentence in case.hidden.text[spans[0, 0] : spans[-1, 1]]
-            figures = {key: selection.Figures() for key in engines}
+            figures = {key: watching.Figures() for key in engines}
             seen.clear()
-            selection.watch_answer(text, fact, Taking(text, sentences, figures))
-            answer = document.ask(fact.question, max_new_tokens=selection._ANSWER_TOKENS)
+            watching.watch_answer(text, fact, Taking(text, sentences, figures))
+            answer = document.ask(fact.question, max_new_tokens=watching._ANSWER_TOKENS)
             assert len(seen) == len(answer.token_ids) - 1
             assert figures["mean", 256].count == 8 * len(seen)
 
