@@ -23,6 +23,7 @@ from sentencekv.session import Session
 from triton_ops import Lanes
 from triton_ops.score_sentences import scores_of
 from triton_ops.select_sentences import group_scores, select_sentences_ref
+from triton_ops.sparse_decode import SIMILAR
 
 ORACLE = "oracle"
 _ANSWER_TOKENS = 24
@@ -215,6 +216,7 @@ class Watch:
             part_NGT = weight_NGT * read_NT[:, None]
             total_NG = part_NGT.sum(-1)
             sum_NGH = torch.einsum("ngt,nth->ngh", part_NGT, kv_NTH[:, :, 1])
+            selected_NGT = part_NGT[:, :, first:stop]
             if estimate_NGS is not None:
                 estimated_NGS = (estimate_NGS - logit_NGT.logsumexp(-1, keepdim=True)).exp()
                 ratio_NG = estimated_NGS.sum(-1) / mass_NGS.sum(-1).clamp(min=1e-9)
@@ -223,7 +225,12 @@ class Watch:
                     estimated_NGS = torch.zeros_like(estimated_NGS)
                 rest_NG = (estimated_NGS * ~chosen_NS[:, None]).sum(-1)
                 total_NG = total_NG + rest_NG
-                sum_NGH = sum_NGH + rest_NG[..., None] * kv_NTH[:, None, first:stop, 1].mean(2)
+                # As `sparse_decode` has it.
+                like_NGH = torch.einsum("ngt,nth->ngh", selected_NGT, kv_NTH[:, first:stop, 1])
+                like_NGH = like_NGH / selected_NGT.sum(-1, keepdim=True).clamp(min=1e-37)
+                mean_NGH = kv_NTH[:, None, first:stop, 1].mean(2).expand_as(like_NGH)
+                similar = SIMILAR.value * (selected_NGT.sum(-1, keepdim=True) > 0)
+                sum_NGH = sum_NGH + rest_NG[..., None] * (mean_NGH + similar * (like_NGH - mean_NGH))
             difference = sum_NGH / total_NG[..., None] - output_NGH
             figures.count += 1
             mass = float((beside_NG + of_chosen_NG).mean())

@@ -81,9 +81,16 @@ def random_step(
             if scores is not None and layer in lane.mean_value:
                 unread = [s for s in range(lane.num_sentences) if s not in ids]
                 mass = scores.logit_BNGS[b, n][:, unread].double().logsumexp(-1, keepdim=True)
-                logit, value = torch.cat([logit, mass], dim=1), torch.cat([value, lane.mean_value[layer][n][None]])
-            weight = logit.softmax(-1)
-            outputs.append(weight @ value.double())
+                weight = torch.cat([logit, mass], dim=1).softmax(-1)
+                read = kv.shape[0] - 1 - kept.shape[1]
+                # A fifth of it has the value of what was selected, if anything was.
+                mean_value = lane.mean_value[layer][n].double().expand(group, -1)
+                like = weight[:, :read] @ value[:read] / weight[:, :read].sum(-1, keepdim=True) if read else mean_value
+                unread_value = 0.8 * mean_value + 0.2 * like
+                outputs.append(weight[:, :-1] @ value + weight[:, -1:] * unread_value)
+            else:
+                weight = logit.softmax(-1)
+                outputs.append(weight @ value)
             lengths = [part.shape[0] for part in sentences]
             for s, of_sentence in zip(
                 ids, weight.split([*lengths, weight.shape[1] - sum(lengths)], dim=-1), strict=False

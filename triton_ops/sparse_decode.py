@@ -35,6 +35,9 @@ their own take registers); and no more than so many bytes:"""
 _MOST_BYTES = 128 << 10
 _PROGRAMS = 528
 """Programs to aim at: a step's latency is what counts, so few of them should have more than one block to read."""
+SIMILAR = tl.constexpr(0.2)
+"""Of the mass that is not selected, the share whose values are taken to be like those of what is: heads that look for
+something find more of it. Chosen by the error of attention outputs (docs/policies.md)."""
 _NO_WEIGHT = tl.constexpr(-1e30)
 """Log of a weight that is none, and finite."""
 _MERGED_NUMBERS = 512
@@ -70,7 +73,7 @@ def sparse_decode_ref(
         scale: multiplies the logits; softcap: `softcap * tanh(logit / softcap)` after it (Gemma 2).
         fetch: misses are not in their slots yet; they are read from host memory, and written there (`gather_kv`).
         rest: scores, logs of mass, of all sentences: those not selected are one more token in the softmax, with the sum
-            of their masses, and the lane's `mean_value`.
+            of their masses. Its value is the lane's `mean_value`, moved by a fifth towards that of what is selected.
     """
     if fetch and selected_BNK is not None and resolved is not None:
         gather_kv_ref(selected_BNK, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
@@ -120,18 +123,25 @@ def _attend(
     unread: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[N, G, H]` and float32 weights `[N, G, T]`; `valid_NT` says which of the first tokens count. `unread`:
-    logit `[N, G]` and value `[N, H]` of one more token, the last."""
+    logit `[N, G]` and mean value `[N, H]` of one more token, the last."""
     logit = torch.matmul(q_NGH, kv_NTH[:, :, 0].transpose(1, 2)).float() * scale
     if softcap is not None:
         logit = softcap * torch.tanh(logit / softcap)
     if valid_NT is not None:
         logit[:, :, : valid_NT.shape[1]].masked_fill_(~valid_NT[:, None], -torch.inf)
     value = kv_NTH[:, :, 1]
-    if unread is not None:
-        logit = torch.cat([logit, unread[0][..., None]], dim=-1)
-        value = torch.cat([value, unread[1][:, None].to(value.dtype)], dim=1)
-    weight = torch.softmax(logit, dim=-1)
-    return torch.matmul(weight.to(value.dtype), value), weight
+    if unread is None or valid_NT is None:
+        weight = torch.softmax(logit, dim=-1)
+        return torch.matmul(weight.to(value.dtype), value), weight
+    log_rest, mean_value = unread
+    weight = torch.softmax(torch.cat([logit, log_rest[..., None]], dim=-1), dim=-1)
+    used, of_rest = weight[..., :-1].clone(), weight[..., -1:]
+    num_selected = valid_NT.shape[1]
+    of_selected = used[..., :num_selected].sum(-1, keepdim=True)
+    similar = torch.where(of_selected > 0, SIMILAR.value, 0.0)
+    used[..., :num_selected] *= 1 + similar * of_rest / of_selected.clamp(min=1e-37)
+    output = torch.matmul(used.to(value.dtype), value)
+    return output + ((1 - similar) * of_rest * mean_value[:, None]).to(value.dtype), weight
 
 
 @triton.jit
@@ -238,7 +248,11 @@ def _sparse_decode_kernel(
     DTYPE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Programs below SLOT_SPLITS read slots, the others resident tokens; the last of a head to arrive merges all."""
+    """Programs below SLOT_SPLITS read slots, the others resident tokens; the last of a head to arrive merges all.
+
+    With the rest there is one partial result more than there are programs.
+    """
+    ENTRIES: tl.constexpr = SPLITS + 1 if REST else SPLITS
     split, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = (b * NUM_KV_HEADS + n).to(tl.int64)
     address_ptr += b * num_address
@@ -322,28 +336,6 @@ def _sparse_decode_kernel(
         resident_ptr = tl.multiple_of(resident.to(tl.pointer_type(DTYPE)), 16) + n.to(tl.int64) * num_rows * ROW
         new_key = tl.load(k_ptr + b.to(tl.int64) * k_stride_b + n * k_stride_n + h, mask=in_head, other=0.0)
         new_value = tl.load(v_ptr + b.to(tl.int64) * v_stride_b + n * v_stride_n + h, mask=in_head, other=0.0)
-        if REST:  # noqa: SIM102 known when this is compiled
-            # One program has what is not selected, as one token more, before it reads any.
-            if split == SLOT_SPLITS:
-                mean_address = tl.load(address_ptr + MEAN_VALUE)
-                if (mean_address != 0) & (tl.load(number_ptr + head) < tl.load(count_ptr + NUM_SENTENCES)):
-                    highest = _log_unread(
-                        rest_logit_ptr + head * GROUP * rest_columns,
-                        rest_extent_ptr + head * GROUP * (2 * rest_extents),
-                        selected_ptr + head * most_selected,
-                        tl.load(number_ptr + head),
-                        rest_columns,
-                        rest_extents,
-                        GROUP,
-                        GROUP_BLOCK,
-                        MERGED_GROUP,
-                        EXTENT_BLOCK,
-                        SELECTED_BLOCK,
-                    )
-                    total = tl.full((GROUP_BLOCK,), 1.0, tl.float32)
-                    mean_ptr = mean_address.to(tl.pointer_type(tl.float32)) + n * HEAD_DIM
-                    mean_value = tl.load(mean_ptr + h, mask=in_head, other=0.0)
-                    value_sum += mean_value[None, :]
         for start in range((split - SLOT_SPLITS) * ROWS, count, (SPLITS - SLOT_SPLITS) * ROWS):
             row = start + tl.arange(0, ROWS)
             valid = row < count
@@ -363,12 +355,42 @@ def _sparse_decode_kernel(
             value_sum = value_sum * factor[:, None] + tl.dot(weight.to(DTYPE), value, input_precision=PRECISION)
             highest = now
 
-    partial_ptr += head * SPLITS * GROUP * HEAD_DIM
-    extent_ptr += head * SPLITS * GROUP * 2
+    partial_ptr += head * ENTRIES * GROUP * HEAD_DIM
+    extent_ptr += head * ENTRIES * GROUP * 2
     entry = split * GROUP + g
     tl.store(extent_ptr + entry * 2, highest, mask=in_group)
     tl.store(extent_ptr + entry * 2 + 1, total, mask=in_group)
     tl.store(partial_ptr + entry[:, None] * HEAD_DIM + h[None, :], value_sum, mask=in_group[:, None] & in_head[None, :])
+    if REST:  # noqa: SIM102 known when this is compiled
+        # One program has what is not selected as well.
+        if split == SLOT_SPLITS:
+            mean_address = tl.load(address_ptr + MEAN_VALUE)
+            log_rest = tl.full((GROUP_BLOCK,), _NO_WEIGHT, tl.float32)
+            mean_value = tl.zeros((HEAD_BLOCK,), tl.float32)
+            if (mean_address != 0) & (tl.load(number_ptr + head) < tl.load(count_ptr + NUM_SENTENCES)):
+                log_rest = _log_unread(
+                    rest_logit_ptr + head * GROUP * rest_columns,
+                    rest_extent_ptr + head * GROUP * (2 * rest_extents),
+                    selected_ptr + head * most_selected,
+                    tl.load(number_ptr + head),
+                    rest_columns,
+                    rest_extents,
+                    GROUP,
+                    GROUP_BLOCK,
+                    MERGED_GROUP,
+                    EXTENT_BLOCK,
+                    SELECTED_BLOCK,
+                )
+                mean_ptr = mean_address.to(tl.pointer_type(tl.float32)) + n * HEAD_DIM
+                mean_value = tl.load(mean_ptr + h, mask=in_head, other=0.0)
+            rest_entry = SPLITS * GROUP + g
+            tl.store(extent_ptr + rest_entry * 2, log_rest, mask=in_group)
+            tl.store(extent_ptr + rest_entry * 2 + 1, tl.where(log_rest > _NO_WEIGHT, 1.0, 0.0), mask=in_group)
+            tl.store(
+                partial_ptr + rest_entry[:, None] * HEAD_DIM + h[None, :],
+                tl.zeros((GROUP_BLOCK, HEAD_BLOCK), tl.float32) + mean_value[None, :],
+                mask=in_group[:, None] & in_head[None, :],
+            )
     tl.debug_barrier()
     arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
     if arrived == SPLITS - 1:
@@ -377,7 +399,7 @@ def _sparse_decode_kernel(
         in_merged = m < GROUP
         p = tl.arange(0, SPLIT_BLOCK)
         entry_PG = extent_ptr + (p[:, None] * GROUP + m[None, :]) * 2
-        there = (p < SPLITS)[:, None] & in_merged[None, :]
+        there = (p < ENTRIES)[:, None] & in_merged[None, :]
         top_PG = tl.load(entry_PG, mask=there, other=float("-inf"))
         sum_PG = tl.load(entry_PG + 1, mask=there, other=0.0)
         top = tl.max(top_PG, axis=0)
@@ -385,6 +407,13 @@ def _sparse_decode_kernel(
         # A lane without a sequence has nothing to attend to: its sums are 0.
         weight_PG = tl.exp(top_PG - top[None, :])
         sum_of = tl.maximum(tl.sum(weight_PG * sum_PG, axis=0), 1e-37)
+        if REST:
+            is_slot, is_rest = (p < SLOT_SPLITS)[:, None], (p == SPLITS)[:, None]
+            of_selected = tl.sum(tl.where(is_slot, weight_PG * sum_PG, 0.0), axis=0)
+            of_rest = tl.sum(tl.where(is_rest, weight_PG * sum_PG, 0.0), axis=0)
+            similar = tl.where(of_selected > 0, SIMILAR, 0.0)
+            more = 1.0 + similar * of_rest / tl.maximum(of_selected, 1e-37)
+            weight_PG *= tl.where(is_slot, more[None, :], tl.where(is_rest, (1.0 - similar)[None, :], 1.0))
         # Weights go through memory, so that nothing in the loop waits for anything but its loads. They overwrite what
         # other warps may not have read yet.
         tl.debug_barrier()
@@ -393,9 +422,9 @@ def _sparse_decode_kernel(
         c = tl.arange(0, MERGED_COLUMNS)
         in_columns = c < GROUP * HEAD_DIM
         merged_PC = tl.zeros((MERGED, MERGED_COLUMNS), tl.float32)
-        for first in tl.range(0, SPLITS, MERGED, loop_unroll_factor=4):
+        for first in tl.range(0, ENTRIES, MERGED, loop_unroll_factor=4):
             some = first + tl.arange(0, MERGED)
-            mask_PC = (some < SPLITS)[:, None] & in_columns[None, :]
+            mask_PC = (some < ENTRIES)[:, None] & in_columns[None, :]
             weight_ptr = extent_ptr + (some[:, None] * GROUP + (c // HEAD_DIM)[None, :]) * 2
             partial_PC = tl.load(partial_ptr + some[:, None] * (GROUP * HEAD_DIM) + c[None, :], mask=mask_PC, other=0.0)
             merged_PC += partial_PC * tl.load(weight_ptr, mask=mask_PC, other=0.0)
@@ -470,8 +499,9 @@ def sparse_decode_triton(
     rest = rest if resolved is not None else None
     assert rest is None or (rest.sentence_BNS is None and rest.logit_BNGS.is_contiguous())
     output = torch.empty((batch, num_heads, head_dim), dtype=dtype, device=device)
-    partial = torch.empty((batch * num_heads * splits * head_dim,), dtype=torch.float32, device=device)
-    extent = torch.empty((batch * num_heads * splits * 2,), dtype=torch.float32, device=device)
+    entries = splits + (rest is not None)
+    partial = torch.empty((batch * num_heads * entries * head_dim,), dtype=torch.float32, device=device)
+    extent = torch.empty((batch * num_heads * entries * 2,), dtype=torch.float32, device=device)
     of_sentence = torch.empty((batch * num_heads * most_selected,), dtype=torch.float32, device=device)
     address_rows = lanes.address_rows(layer)
     early = starts_early(q_BAH)
@@ -515,8 +545,8 @@ def sparse_decode_triton(
         ROWS=rows,
         SLOT_SPLITS=slot_splits,
         SPLITS=splits,
-        SPLIT_BLOCK=triton.next_power_of_2(splits),
-        MERGED=min(most_merged, triton.next_power_of_2(splits)),
+        SPLIT_BLOCK=triton.next_power_of_2(entries),
+        MERGED=min(most_merged, triton.next_power_of_2(entries)),
         MERGED_GROUP=merged_group,
         MERGED_COLUMNS=columns,
         SELECTED_BLOCK=triton.next_power_of_2(max(most_selected, 1)),
