@@ -50,16 +50,7 @@ class Policy:
     group: Group = "max"
     """How the query heads that share a KV head agree on one choice: `max` or `mean` of their shares."""
 
-    rest: bool = False
-    """Whether sentences that are not read count as one more token: with their estimated mass, and the mean value of the
-    context. For policies that estimate mass."""
-
     def __post_init__(self) -> None:
-        if self.rest not in (True, False):
-            raise ValueError(f"policy option rest must be 1 or 0, got {self.rest!r}")
-        object.__setattr__(self, "rest", bool(self.rest))
-        if self.rest and not self.estimates_mass:
-            raise ValueError("policy option rest is for policies that estimate attention mass: codes and moments")
         if self.group not in ("max", "mean"):
             raise ValueError(f"policy option group must be 'max' or 'mean', got {self.group!r}")
 
@@ -86,13 +77,34 @@ class Policy:
         Runs inside a CUDA graph: no host synchronisation, and launches that do not depend on what lanes hold.
         """
         scores = self.score(q_BAH, lanes, layer, scale=scale)
-        ids = select_sentences(scores, lanes, group=self.group, room_tokens=room_tokens)
-        return Selection(ids, scores if self.rest else None)
+        return Selection(select_sentences(scores, lanes, group=self.group, room_tokens=room_tokens))
 
     @classmethod
     def describe(cls) -> str:
         """The first line of the policy's docstring."""
         return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EstimatingPolicy(Policy):
+    """A policy whose scores say how much attention all sentences would get together, and so what is left out."""
+
+    estimates_mass = True
+
+    rest: bool = False
+    """Whether sentences that are not read count together as one more token: with their estimated mass, and a mean
+    value."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rest not in (True, False):
+            raise ValueError(f"policy option rest must be 1 or 0, got {self.rest!r}")
+        object.__setattr__(self, "rest", bool(self.rest))
+
+    def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Selection:
+        scores = self.score(q_BAH, lanes, layer, scale=scale)
+        ids = select_sentences(scores, lanes, group=self.group, room_tokens=room_tokens)
+        return Selection(ids, scores if self.rest else None)
 
 
 @functools.cache

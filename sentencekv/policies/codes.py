@@ -4,20 +4,18 @@ import dataclasses
 
 from torch import Tensor
 
-from sentencekv.policies import Policy, Tables
+from sentencekv.policies import EstimatingPolicy, Tables
 from triton_ops import Lanes, Scores, encode_keys, pack_box, score_codes, summarize, unpack_box
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Codes(Policy):
+class Codes(EstimatingPolicy):
     """Score the attention mass of keys kept in 2 bits per dimension, within their sentence's bounding box.
 
     A sentence's keys lie close together, so its box is a good range for a coarse code. The box is kept in a byte for
     each dimension. The score is log sum exp(q . decoded key), the log of the attention mass. Costs 2 bits per key
     dimension and a byte per dimension and sentence.
     """
-
-    estimates_mass = True
 
     rest: bool = True
 

@@ -4,22 +4,18 @@ import dataclasses
 
 from torch import Tensor
 
-from sentencekv.policies import Selection
+from sentencekv.policies import Policy, Selection, Tables
 from sentencekv.policies.codes import Codes
 from triton_ops import Lanes, score_codes, score_sentences, select_sentences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rerank(Codes):
+class Rerank(Policy):
     """Rank all sentences by their keys' bounding boxes, and the best of them again by keys kept in 4 bits.
 
     The first rank is the attention mass that Gaussian keys of such ranges would get. Reads less than `codes` in long
     contexts, and misses what boxes miss (`docs/policies.md`).
     """
-
-    estimates_mass = False
-
-    rest: bool = False
 
     bits: int = 4
     """Bits per dimension: 1, 2 or 4."""
@@ -29,8 +25,12 @@ class Rerank(Codes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Codes(bits=self.bits)  # raises on bits that there are not
         if not isinstance(self.shortlist, int) or self.shortlist < 2:
             raise ValueError(f"policy option shortlist must be at least 2, got {self.shortlist!r}")
+
+    def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
+        return Codes(bits=self.bits).summarize(key_TNH, offsets)
 
     def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Selection:
         by_box = score_sentences(q_BAH, lanes, layer, scale=scale, spread="range", log_length=True)
