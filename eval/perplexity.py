@@ -4,7 +4,12 @@
         --settings max_sentence_tokens=16,min_sentence_tokens=8
 
 The context is read exactly, the tokens after it are scored one by one, as in generation: what is measured is decoding.
-Prints a table, then one JSON line.
+Prints a table, then one JSON line. For each policy and text:
+
+    perplexity   and how much more it is than under full attention, with the standard error of that: scored tokens differ
+                 much, so that of a few thousand a difference of half a percent says nothing
+    KL           of the distribution that each token is drawn from, from that of full attention: mean, in nats. It has no
+                 such noise
 """
 
 from __future__ import annotations
@@ -14,9 +19,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from eval.needle import as_config, environment, load_texts, progress_bar, whole_numbers
 from sentencekv import Config, LongContextLM
@@ -41,12 +48,26 @@ def part_of(lm: LongContextLM, text: str, first: int, num_tokens: int) -> str:
     return text[spans[first][0] : spans[first + num_tokens - 1][1]]
 
 
-def measure(lm: LongContextLM, text: str, tokens: int) -> dict[str, Any]:
-    """Perplexity of the last `tokens` tokens of a text, and how long its sentences are."""
+def log_probabilities(lm: LongContextLM, text: str, tokens: int) -> Tensor:
+    """Of the whole vocabulary, for each of the last `tokens` tokens of a text: float32 `[tokens, vocabulary]`."""
+    total = len(lm._encode(text).token_ids)
+    return lm.logits(text, context_tokens=total - tokens).log_softmax(dim=-1)
+
+
+def compare(lm: LongContextLM, text: str, full_LV: Tensor, found_LV: Tensor) -> dict[str, Any]:
+    """Perplexities under both, what lies between them, and how long the text's sentences are."""
     prompt = lm._encode(text)
-    total = len(prompt.token_ids)
-    found = lm.perplexity(text, context_tokens=total - tokens, stride=tokens)
-    return {"perplexity": found.value, "tokens_per_sentence": total / max(len(prompt.ends), 1)}
+    target = torch.tensor(prompt.token_ids[-len(full_LV) :])[:, None]
+    full, found = (each.gather(1, target)[:, 0].double() for each in (full_LV, found_LV))
+    ratio = float((full - found).mean().exp())
+    return {
+        "full": float((-full).mean().exp()),
+        "perplexity": float((-found).mean().exp()),
+        "ratio": ratio,
+        "ratio_standard_error": ratio * float((full - found).std()) / len(full) ** 0.5,
+        "kl": float((full_LV.exp() * (full_LV - found_LV)).sum(-1).double().mean()),
+        "tokens_per_sentence": len(prompt.token_ids) / max(len(prompt.ends), 1),
+    }
 
 
 def main(
@@ -59,7 +80,7 @@ def main(
         typer.Option(help="Other settings, as max_sentence_tokens=16,window_tokens=32; may be given again."),
     ] = None,
     context: Annotated[int, typer.Option(min=16, help="Tokens that are read before any is scored.")] = 16384,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are scored.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that are scored.")] = 1024,
     first: Annotated[int, typer.Option(min=0, help="Token of each text at which its part begins.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -84,13 +105,12 @@ def main(
         task = bar.add_task("texts", total=(1 + len(engines)) * len(parts))
         for path, part in zip(text, parts, strict=True):
             bar.update(task, description=f"full on {path.stem}")
-            full = measure(dense, part, tokens)["perplexity"]
+            full_LV = log_probabilities(dense, part, tokens)
             bar.advance(task)
             for (name, budget, number), engine in engines.items():
                 bar.update(task, description=f"{name} {budget} on {path.stem}")
                 row = {"text": path.stem, "policy": name, "budget_tokens": budget, "settings": given[number]}
-                row |= {"full": full, **measure(engine, part, tokens)}
-                rows.append(row | {"ratio": row["perplexity"] / full})
+                rows.append(row | compare(engine, part, full_LV, log_probabilities(engine, part, tokens)))
                 bar.advance(task)
     table = Table("policy", "budget", "settings", "tokens a sentence", *[path.stem for path in text])
     for name, budget, number in engines:
@@ -105,9 +125,13 @@ def main(
             str(budget),
             ", ".join(f"{field}={value}" for field, value in given[number].items()) or "-",
             f"{sum(lengths) / len(lengths):.1f}",
-            *[f"{row['perplexity']:.3f} ({row['ratio'] - 1:+.2%})" for row in same],
+            *[
+                f"{row['perplexity']:.3f}, {row['ratio'] - 1:+.2%} ± {row['ratio_standard_error']:.2%}, KL {row['kl']:.4f}"
+                for row in same
+            ],
         )
     out = Console()
+    out.width = max(out.width, 60 + 42 * len(parts))  # into a file as well
     out.print(table)
     out.print("full attention: " + ", ".join(f"{row['full']:.3f}" for row in rows[:: len(engines)]))
     result = {"task": "perplexity", "model": model, "context_tokens": context, "tokens": tokens, "first": first}

@@ -44,8 +44,10 @@ def test_rows_are_perplexities_beside_full_attention(tmp_path: Path, capsys: pyt
         )
         assert row["perplexity"] == pytest.approx(engine.perplexity(part, context_tokens=context).value)
         assert row["ratio"] == pytest.approx(row["perplexity"] / row["full"])
-    assert result["rows"][2]["ratio"] == pytest.approx(1)
-    codes, without, _, shorter, *_ = result["rows"]
+    codes, without, full, shorter, *_ = result["rows"]
+    assert (full["ratio"], full["kl"]) == pytest.approx((1, 0), abs=1e-5)
+    assert min(codes["kl"], without["kl"]) > 1e-5
+    assert codes["ratio_standard_error"] > 0
     assert codes["perplexity"] != without["perplexity"]
     assert shorter["tokens_per_sentence"] < codes["tokens_per_sentence"]
 
