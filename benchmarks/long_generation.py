@@ -44,7 +44,15 @@ def snapshot(session: Session, stepper: Stepper, num_tokens: int, device: torch.
 def table(result: dict[str, Any]) -> str:
     """The figures for people; everything is in the JSON line."""
     mib, number = report.mib_text, report.number_text
-    header = ["tokens generated", "ms per token", "GPU KV MiB", "summaries", "rest", "peak beside weights", "host MiB"]
+    header = [
+        "tokens generated",
+        "ms per token",
+        "GPU KV MiB",
+        "summaries",
+        "beside them",
+        "peak beside weights",
+        "host MiB",
+    ]
     header += ["dense KV MiB", "hit rate", "graphs recorded"]
     cells = [
         [
@@ -115,6 +123,8 @@ def main(
 
     def on_token(count: int) -> None:
         count -= WARMUP_TOKENS
+        if count > new_tokens:
+            return
         if count == 1 or (count > 0 and count % every == 0) or count == new_tokens:
             snapshots.append(snapshot(session, stepper, count, where))
             report.say(f"  {count:,} tokens, {snapshots[-1]['kv_gpu_bytes'] / 2**20:.1f} MiB of KV on the device")

@@ -6,10 +6,10 @@
 The context is read exactly, the tokens after it are scored one by one, as in generation: what is measured is decoding.
 Prints a table, then one JSON line. For each policy and text:
 
-    perplexity   and how much more it is than under full attention, with the standard error of that: scored tokens differ
-                 much, so that of a few thousand a difference of half a percent says nothing
-    KL           of the distribution that each token is drawn from, from that of full attention: mean, in nats. It has no
-                 such noise
+    perplexity   and how much more it is than under full attention, with the standard error of that: scored tokens
+                 differ much, so that of a few thousand a difference of half a percent says nothing
+    KL           of the distribution that each token is drawn from, from that of full attention: mean, in nats. It has
+                 no such noise
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sentencekv import Config, LongContextLM
 
 def settings_of(given: str) -> dict[str, int]:
     """Fields of `Config` written `field=number,field=number`. Raises typer.BadParameter."""
-    known = {field.name for field in dataclasses.fields(Config) if field.name.endswith("_tokens")}
+    known = {field.name for field in dataclasses.fields(Config) if field.name.endswith("_tokens")} - {"budget_tokens"}
     pairs = [part.partition("=") for part in given.split(",") if part]
     wrong = [f"{name}={value}" for name, _, value in pairs if name not in known or not value.isdecimal()]
     if wrong:
@@ -120,15 +120,13 @@ def main(
             if (row["policy"], row["budget_tokens"], row["settings"]) == (name, budget, given[number])
         ]
         lengths = [row["tokens_per_sentence"] for row in same]
+        more = [f"{row['ratio'] - 1:+.2%} ± {row['ratio_standard_error']:.2%}" for row in same]
         table.add_row(
             name,
             str(budget),
             ", ".join(f"{field}={value}" for field, value in given[number].items()) or "-",
             f"{sum(lengths) / len(lengths):.1f}",
-            *[
-                f"{row['perplexity']:.3f}, {row['ratio'] - 1:+.2%} ± {row['ratio_standard_error']:.2%}, KL {row['kl']:.4f}"
-                for row in same
-            ],
+            *[f"{row['perplexity']:.3f}, {by}, KL {row['kl']:.4f}" for row, by in zip(same, more, strict=True)],
         )
     out = Console()
     out.width = max(out.width, 60 + 42 * len(parts))  # into a file as well

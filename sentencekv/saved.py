@@ -258,7 +258,7 @@ def _check_owner(saved: SavedFile, owner: Owner) -> None:
 
 def _settings(config: Config, policy: Policy) -> dict[str, Any]:
     """Those that shape what a document holds, options that were left out included; as JSON has them."""
-    settings = {name: getattr(config, name) for name in _FIXED} | {"policy_options": dataclasses.asdict(policy)}
+    settings = {name: getattr(config, name) for name in _FIXED} | {"policy_options": policy.kept_options}
     return dict(json.loads(json.dumps(settings)))
 
 

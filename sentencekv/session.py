@@ -314,7 +314,7 @@ class Session:
         made = Session(config, policy, self.memory, self.device, state.row_bytes)
         summarize = made._summarize if policy.reads == "selected" else None
         extents = state.extents
-        if policy != self.policy:
+        if (type(policy), policy.kept_options) != (type(self.policy), self.policy.kept_options):
             extents = [extent.summarized_by(summarize) for extent in extents]
         return Session.from_state(config, policy, self.memory, self.device, dataclasses.replace(state, extents=extents))
 

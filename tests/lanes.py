@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_ops import encode_keys, pack_box, summarize, unpack_box
+from triton_ops import Scores, encode_keys, pack_box, summarize, unpack_box
 from triton_ops.gather_kv import gather_kv_ref
 from triton_ops.lanes import Lane, Lanes, Part
 from triton_ops.pack_kv import Format, pack_kv, packed_slab, row_bytes
@@ -121,6 +121,22 @@ def partly_filled(kv_NTH: Tensor, num_tokens: int) -> Tensor:
     """NaN in all rows but the first `num_tokens`."""
     kv_NTH[:, num_tokens:] = torch.nan
     return kv_NTH
+
+
+def scores_from(lanes: Lanes, logit_BNGS: Tensor, num_extents: int = 3) -> Scores:
+    """Scores from logits: NaN in all columns that are no sentences, normalisers in shares, one of them empty."""
+    logit_BNGS = logit_BNGS.clone()
+    extent = torch.zeros(*logit_BNGS.shape[:3], num_extents + 1, 2, device=lanes.device)
+    extent[..., 0] = -torch.inf
+    for b in range(lanes.num_lanes):
+        count = lanes.lanes[b].num_sentences if b < len(lanes.lanes) else 0
+        logit_BNGS[b, :, :, count:] = torch.nan
+        for x in range(min(num_extents, count)):
+            share = logit_BNGS[b, :, :, x:count:num_extents]
+            top = share.amax(-1)
+            extent[b, :, :, x, 0] = top
+            extent[b, :, :, x, 1] = (share - top.clamp(min=-1e30)[..., None]).exp().sum(-1)
+    return Scores(logit_BNGS, extent)
 
 
 def seat(lanes: list[Lane], device: torch.device, *, spare: int = 1, most_selected: int | None = None) -> Lanes:

@@ -55,7 +55,8 @@ def test_rows_are_perplexities_beside_full_attention(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"settings": ["max_sentence=4"]}, "fields: budget_tokens"),
+        ({"settings": ["max_sentence=4"]}, "fields: hot_tokens"),
+        ({"settings": ["budget_tokens=256"]}, "fields: hot_tokens"),
         ({"settings": ["window_tokens=few"]}, "written field=number"),
         ({"policies": "nope"}, "available"),
         ({"context": 100_000}, "are needed"),

@@ -369,3 +369,14 @@ class TestSpill:
     def test_the_folder_must_exist(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="spill_folder must be a directory that exists"):
             make_lm(tokenizer, spill_folder=str(tmp_path / "no"))
+
+
+def test_options_of_reading_may_differ(tokenizer: PreTrainedTokenizerFast, prose: str, tmp_path: Path) -> None:
+    """What is kept of a document does not depend on how sentences are chosen and read."""
+    lm = make_lm(tokenizer)
+    lm.read(prose[:4000]).save(tmp_path / "a")
+    others = [lm.with_config(policy_options={"rest": 0}), lm.with_config(policy_options={"group": "mean"})]
+    answered = [answers(each.open(tmp_path / "a")) for each in others]
+    assert answered == [answers(each.read(prose[:4000])) for each in others]
+    with pytest.raises(SavedFileError, match="policy_options"):
+        lm.with_config(policy_options={"bits": 4}).open(tmp_path / "a")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.lanes import random_batch, random_lengths
+from tests.lanes import random_batch, random_lengths, scores_from
 from triton_ops import Lanes, Scores
 from triton_ops.select_sentences import (
     Group,
@@ -32,22 +32,6 @@ def op(request: pytest.FixtureRequest, device: torch.device) -> Op:
 
 def one_lane(lengths: list[int], device: torch.device, max_selected: int, heads: int = 1) -> Lanes:
     return random_batch([[lengths]], device, heads=heads, slots=max_selected, spare=0)
-
-
-def scores_from(lanes: Lanes, logit_BNGS: Tensor, num_extents: int = 3) -> Scores:
-    """Scores from logits: NaN in all columns that are no sentences, normalisers in shares, one of them empty."""
-    logit_BNGS = logit_BNGS.clone()
-    extent = torch.zeros(*logit_BNGS.shape[:3], num_extents + 1, 2, device=lanes.device)
-    extent[..., 0] = -torch.inf
-    for b in range(lanes.num_lanes):
-        count = lanes.lanes[b].num_sentences if b < len(lanes.lanes) else 0
-        logit_BNGS[b, :, :, count:] = torch.nan
-        for x in range(min(num_extents, count)):
-            share = logit_BNGS[b, :, :, x:count:num_extents]
-            top = share.amax(-1)
-            extent[b, :, :, x, 0] = top
-            extent[b, :, :, x, 1] = (share - top.clamp(min=-1e30)[..., None]).exp().sum(-1)
-    return Scores(logit_BNGS, extent)
 
 
 def scores_of_one(lanes: Lanes, shares: list[float]) -> Scores:

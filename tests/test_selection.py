@@ -14,7 +14,7 @@ from sentencekv import LongContextLM
 
 SMALL: dict[str, Any] = {
     "model": "pocket",
-    "policies": "codes,codes:bits=4,mean,pages",
+    "policies": "codes,codes:bits=4,mean,pages,rerank",
     "budgets": "128,4000",
     "contexts": "700",
     "cases": 1,
@@ -31,7 +31,7 @@ def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     selection.main(**{**SMALL, "trace": tmp_path / "trace.jsonl", "save_plot": tmp_path / "study.png"})
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {(row["policy"], row["budget_tokens"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 5 * 2
+    assert len(rows) == len(result["rows"]) == 6 * 2
     for (_, budget), row in rows.items():
         assert row["needed_heads"] > 10
         assert row["mass"] == pytest.approx(sum(row["mass_by_layer"]) / 8)

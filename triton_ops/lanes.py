@@ -125,7 +125,7 @@ class Lane:
     """int64 `[3]`: sentences selected, sentences missed, tokens copied."""
 
     mean_value: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    """float32 `[N, H]`: the mean value of all tokens of the lane's sentences; none where nothing is estimated."""
+    """float32 `[N, H]`: the mean value of all tokens of the lane's sentences; none where sentences are not selected."""
 
     num_resident: int = 0
     num_sentences: int = 0

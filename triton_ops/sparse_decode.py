@@ -1,5 +1,7 @@
 """Attention of one new token over hot-set slots and the tokens that are always read."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +40,8 @@ _PROGRAMS = 528
 SIMILAR = tl.constexpr(0.2)
 """Of the mass that is not selected, the share whose values are taken to be like those of what is: heads that look for
 something find more of it. Chosen by the error of attention outputs (docs/policies.md)."""
+_LEAST = tl.constexpr(2.0**-18)
+"""Of the mass of all sentences: what is left beside the selected ones, if it is less, is what rounding leaves."""
 _NO_WEIGHT = tl.constexpr(-1e30)
 """Log of a weight that is none, and finite."""
 _MERGED_NUMBERS = 512
@@ -73,7 +77,8 @@ def sparse_decode_ref(
         scale: multiplies the logits; softcap: `softcap * tanh(logit / softcap)` after it (Gemma 2).
         fetch: misses are not in their slots yet; they are read from host memory, and written there (`gather_kv`).
         rest: scores, logs of mass, of all sentences: those not selected are one more token in the softmax, with the sum
-            of their masses. Its value is the lane's `mean_value`, moved by a fifth towards that of what is selected.
+            of their masses, if that is more than rounding leaves (2^-18 of all). Its value is the lane's `mean_value`,
+            moved by a fifth towards that of what is selected.
     """
     if fetch and selected_BNK is not None and resolved is not None:
         gather_kv_ref(selected_BNK, resolved.slot_BNK, resolved.miss_BNK, lanes, layer)
@@ -104,7 +109,10 @@ def sparse_decode_ref(
             unread_NGS = rest.logit_BNGS[b, :, :, : lane.num_sentences].clone()
             for n, ids in enumerate(selected_NK):
                 unread_NGS[n, :, ids[ids >= 0]] = -torch.inf
-            unread = unread_NGS.logsumexp(-1), lane.mean_value[layer]
+            log_rest = unread_NGS.logsumexp(-1)
+            log_all = rest.logit_BNGS[b, :, :, : lane.num_sentences].logsumexp(-1)
+            log_rest = log_rest.masked_fill(log_rest - log_all <= math.log(_LEAST.value), -torch.inf)
+            unread = log_rest, lane.mean_value[layer]
         result, weight = _attend(q_NGH, kv, scale, softcap, valid_NKM.flatten(1), unread)
         output[b] = result.flatten(0, 1)
         share_NK = weight[:, :, : num_selected * slot_tokens].unflatten(2, (num_selected, slot_tokens)).sum(-1).mean(1)
@@ -167,7 +175,10 @@ def _log_unread(
     EXTENT_BLOCK: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
 ):
-    """For each query head of a group, the log of the mass of all sentences less that of the selected ones."""
+    """For each query head of a group, the log of the mass of all sentences less that of the selected ones.
+
+    A difference: the less is left, the fewer of its digits are right, down to one in sixteen at `_LEAST`.
+    """
     m = tl.arange(0, FEWER)
     in_group = m < GROUP
     x = tl.arange(0, EXTENT_BLOCK)
@@ -184,8 +195,9 @@ def _log_unread(
     )
     top = tl.max(top_GX, axis=1)
     top = tl.where(top == float("-inf"), 0.0, top)
-    unread = tl.sum(sum_GX * tl.exp(top_GX - top[:, None]), axis=1) - tl.sum(tl.exp(logit_GK - top[:, None]), axis=1)
-    log_unread = tl.where(unread > 0, top + tl.log(tl.maximum(unread, 1e-37)), _NO_WEIGHT)
+    everything = tl.sum(sum_GX * tl.exp(top_GX - top[:, None]), axis=1)
+    unread = everything - tl.sum(tl.exp(logit_GK - top[:, None]), axis=1)
+    log_unread = tl.where(unread > _LEAST * everything, top + tl.log(tl.maximum(unread, 1e-37)), _NO_WEIGHT)
     g = tl.arange(0, GROUP_BLOCK)
     return tl.sum(tl.where(g[:, None] == m[None, :], log_unread[None, :], 0.0), axis=1)
 

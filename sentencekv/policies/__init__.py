@@ -47,12 +47,20 @@ class Policy:
     estimates_mass: ClassVar[bool] = False
     """Whether scores are logs of attention mass, on the scale of the attention logits, for every sentence."""
 
+    only_reading: ClassVar[frozenset[str]] = frozenset({"group"})
+    """Options that say how sentences are chosen and read, and nothing of what is kept of them."""
+
     group: Group = "max"
     """How the query heads that share a KV head agree on one choice: `max` or `mean` of their shares."""
 
     def __post_init__(self) -> None:
         if self.group not in ("max", "mean"):
             raise ValueError(f"policy option group must be 'max' or 'mean', got {self.group!r}")
+
+    @property
+    def kept_options(self) -> dict[str, Any]:
+        """Options that shape summaries: a document read under the same ones can be asked under any others."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self.only_reading}
 
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         """Summaries of sentences from their post-RoPE keys `[T, N, H]`; `offsets` is CSR, `[S + 1]`: one or two tables.
@@ -90,6 +98,7 @@ class EstimatingPolicy(Policy):
     """A policy whose scores say how much attention all sentences would get together, and so what is left out."""
 
     estimates_mass = True
+    only_reading = Policy.only_reading | {"rest"}
 
     rest: bool = False
     """Whether sentences that are not read count together as one more token: with their estimated mass, and a mean

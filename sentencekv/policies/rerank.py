@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sentencekv.policies import Policy, Selection, Tables
 from sentencekv.policies.codes import Codes
-from triton_ops import Lanes, score_codes, score_sentences, select_sentences
+from triton_ops import Lanes, Scores, score_codes, score_sentences, select_sentences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,8 @@ class Rerank(Policy):
     The first rank is the attention mass that Gaussian keys of such ranges would get. Reads less than `codes` in long
     contexts, and misses what boxes miss (`docs/policies.md`).
     """
+
+    only_reading = Policy.only_reading | {"shortlist"}
 
     bits: int = 4
     """Bits per dimension: 1, 2 or 4."""
@@ -31,6 +33,9 @@ class Rerank(Policy):
 
     def summarize(self, key_TNH: Tensor, offsets: Tensor) -> Tables:
         return Codes(bits=self.bits).summarize(key_TNH, offsets)
+
+    def score(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float) -> Scores:
+        return score_codes(q_BAH, lanes, layer, scale=scale, bits=self.bits)
 
     def select(self, q_BAH: Tensor, lanes: Lanes, layer: int, *, scale: float, room_tokens: int) -> Selection:
         by_box = score_sentences(q_BAH, lanes, layer, scale=scale, spread="range", log_length=True)
