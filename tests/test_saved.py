@@ -154,7 +154,7 @@ def test_another_dtype_of_the_same_weights(tokenizer: PreTrainedTokenizerFast, p
 
 def test_other_settings_are_refused_with_the_remedy(lm: LongContextLM, saved: Path) -> None:
     other = lm.with_config(policy="moments", sink_tokens=8)
-    remedy = r"lm\.with_config\(policy='codes', policy_options={'bits': 2, .*}, sink_tokens=4\)"
+    remedy = r"lm\.with_config\(policy='codes', policy_options={'bits': 2}, sink_tokens=4\)"
     with pytest.raises(SavedFileError, match=remedy):
         other.open(saved)
     options = {"bits": 2, "group": "max"}
