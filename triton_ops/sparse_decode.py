@@ -197,7 +197,7 @@ def _log_unread(
     top = tl.where(top == float("-inf"), 0.0, top)
     everything = tl.sum(sum_GX * tl.exp(top_GX - top[:, None]), axis=1)
     unread = everything - tl.sum(tl.exp(logit_GK - top[:, None]), axis=1)
-    log_unread = tl.where(unread > _LEAST * everything, top + tl.log(tl.maximum(unread, 1e-37)), _NO_WEIGHT)
+    log_unread = tl.where(unread > everything * _LEAST, top + tl.log(tl.maximum(unread, 1e-37)), _NO_WEIGHT)
     g = tl.arange(0, GROUP_BLOCK)
     return tl.sum(tl.where(g[:, None] == m[None, :], log_unread[None, :], 0.0), axis=1)
 
