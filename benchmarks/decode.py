@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import profile as profiling
 from benchmarks import report
+from benchmarks.arguments import where_and_how
 from benchmarks.baselines import Step, dense_step
 from benchmarks.ours import eager_step, graph_step, make_stepper
 from benchmarks.rows import HitRate, Machine, Rows, Settings
@@ -241,8 +242,7 @@ def main(
     save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md, after each row.")] = None,
 ) -> None:
     """Time decoding with random weights over random contexts, sparse and dense; the last line is JSON."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    where, precision = where_and_how(shape, device, dtype)
     selecting = [name for name in available() if load(name).reads == "selected"]
     policy_list = policies.split(",")
     for name in policy_list:
@@ -273,12 +273,6 @@ def main(
             config_of(policy_list[0], budget, kv_dtype)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA device was found; give --device cpu")
-    precision = getattr(torch, dtype, None)
-    if precision not in TOLERANCE:
-        raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
 
     bandwidth, host_bandwidth = report.copy_bandwidth(where), report.host_copy_bandwidth(where)
     report.free(where)

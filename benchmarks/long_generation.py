@@ -17,7 +17,7 @@ import torch
 import typer
 
 from benchmarks import report
-from benchmarks.decode import TOLERANCE
+from benchmarks.arguments import where_and_how
 from benchmarks.loop import time_loop
 from benchmarks.ours import holdings, make_stepper
 from benchmarks.workload import SHAPES, Context, config_of, make_model
@@ -101,14 +101,7 @@ def main(
     save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md.")] = None,
 ) -> None:
     """Generate one long reply and follow its memory and time; the last line is JSON."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA device was found; give --device cpu")
-    precision = getattr(torch, dtype, None)
-    if precision not in TOLERANCE:
-        raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    where, precision = where_and_how(shape, device, dtype)
     try:
         config = config_of(policy, budget)
     except ValueError as error:

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import report
-from benchmarks.decode import TOLERANCE
+from benchmarks.arguments import where_and_how
 from benchmarks.prefill import Ours, make_prompt
 from benchmarks.workload import SHAPES, config_of, make_model
 from sentencekv.attention import forward
@@ -168,14 +168,7 @@ def main(
     out: Annotated[Path | None, typer.Option("--save", help="Also write SAVE.json and SAVE.md.")] = None,
 ) -> None:
     """Time opening a saved document and reading it again; the last line is JSON."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA device was found; give --device cpu")
-    precision = getattr(torch, dtype, None)
-    if precision not in TOLERANCE:
-        raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    where, precision = where_and_how(shape, device, dtype)
     if folder is not None and not folder.is_dir():
         raise typer.BadParameter(f"there is no folder {str(folder)!r}")
     try:

@@ -18,7 +18,7 @@ import torch
 import typer
 
 from benchmarks import report
-from benchmarks.decode import TOLERANCE
+from benchmarks.arguments import where_and_how
 from benchmarks.layer_ops import layer_ops
 from benchmarks.report import Op
 from benchmarks.retrieval_ops import RetrievalOps
@@ -102,14 +102,7 @@ def main(
     save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md.")] = None,
 ) -> None:
     """Time the ops over all layers of a shape; the last line is JSON."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA device was found; give --device cpu")
-    precision = getattr(torch, dtype, None)
-    if precision not in TOLERANCE:
-        raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    where, precision = where_and_how(shape, device, dtype)
     gather_sizes = sizes(gather_mib)
     bandwidth_of = {"device": report.copy_bandwidth(where), "host": report.host_copy_bandwidth(where)}
     report.free(where)

@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import report
-from benchmarks.decode import TOLERANCE, numbers, tolerance_of
+from benchmarks.arguments import where_and_how
+from benchmarks.decode import numbers, tolerance_of
 from benchmarks.loop import time_loop
 from benchmarks.profile import profile_reading, text_of_reading
 from benchmarks.workload import SHAPES, Context, config_of, make_model
@@ -307,14 +308,7 @@ def main(
     save: Annotated[Path | None, typer.Option(help="Also write SAVE.json and SAVE.md.")] = None,
 ) -> None:
     """Time reading over prompts of several lengths; the last line is JSON."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA device was found; give --device cpu")
-    precision = getattr(torch, dtype, None)
-    if precision not in TOLERANCE:
-        raise typer.BadParameter(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    where, precision = where_and_how(shape, device, dtype)
     if profile and where.type != "cuda":
         raise typer.BadParameter("--profile looks at kernels; it needs --device cuda")
     lengths = sorted(numbers(contexts, "contexts", 256))

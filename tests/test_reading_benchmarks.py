@@ -148,6 +148,8 @@ def test_opening_that_gives_other_logits_fails(
     ("bad", "message"),
     [
         ({"shape": "nope"}, "known: "),
+        ({"device": "gpu"}, "device must be cuda or cpu"),
+        ({"device": "meta"}, "device must be cuda or cpu"),
         ({"folder": Path("/nowhere")}, "there is no folder"),
         ({"policy": "nope"}, "available"),
         ({"dtype": "int8"}, "dtype must be"),
