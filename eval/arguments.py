@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +70,26 @@ def names(given: str, option: str, known: Sequence[str]) -> list[str]:
     unknown = [name for name in found if name not in known]
     if unknown or not found:
         raise typer.BadParameter(f"{option} are of {', '.join(known)}, got {given!r}")
+    return found
+
+
+def with_data(tasks: Sequence[str], find: Callable[[str], Path], *, named: bool) -> list[str]:
+    """The tasks whose file is there: all where they were `named`, else at least one.
+
+    `find` gives a task's file, and raises ValueError where there is none. Raises typer.BadParameter with the first
+    such reason, before a model is loaded.
+    """
+    found: list[str] = []
+    missing: list[ValueError] = []
+    for task in tasks:
+        try:
+            find(task)
+        except ValueError as error:
+            missing.append(error)
+        else:
+            found.append(task)
+    if missing and (named or not found):
+        raise typer.BadParameter(str(missing[0])) from missing[0]
     return found
 
 

@@ -2,14 +2,16 @@
 
     python -m eval.pg19 --data books --contexts 4096,16384 --policies full,codes,window --budgets 512,1024
 
-`--data` is a folder of plain text files, such as PG-19's `test` (Rae et al., 2019, arXiv:1911.05507). From several
-places of each book so many tokens are read exactly, and those after them scored one by one, as in generation: what is
-measured is decoding. `window` slides: it reads the first and the last tokens, as many as the budget. A row is a
-segment, the position its tokens of context; perplexities are of all segments together, intervals from drawing segments.
+`--data` is a folder of plain text files, such as PG-19's `test` (Rae et al., 2019, arXiv:1911.05507), which `python -m
+eval.download pg19 --to pg19` makes. Books that are shorter than what is asked of them are left out, and named. From
+several places of each book so many tokens are read exactly, and those after them scored one by one, as in generation:
+what is measured is decoding. `window` slides: it reads the first and the last tokens, as many as the budget. A row is
+a segment, the position its tokens of context; perplexities are of all segments together, intervals from drawing them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +32,7 @@ def main(
     policies: arguments.Policies = "full,codes,moments,mean,window",
     budgets: arguments.Budgets = "512",
     contexts: arguments.Contexts = "4096",
-    books: Annotated[int, typer.Option(min=1, help="The first so many files, by name.")] = 8,
+    books: Annotated[int, typer.Option(min=1, help="The first so many files, by name, that are long enough.")] = 8,
     segments: Annotated[int, typer.Option(min=1, help="Places of each book, evenly spread.")] = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens scored at each place.")] = 128,
     quick: arguments.Quick = False,
@@ -42,12 +44,13 @@ def main(
     if quick:
         contexts, budgets, books, segments, tokens = "512,2048", "256", 1, 2, 32
     lengths = sorted(arguments.whole_numbers(contexts, "contexts"))
+    paths = _find(data)
     lm = arguments.load_model(model, device, dtype)
     asked = arguments.asked_of(lm, policies, budgets)
     evicting = [each.policy for each in asked if each.evicts]
     if evicting:
         raise typer.BadParameter(f"{evicting[0]} keeps what a question asks for, and here is none; leave it out")
-    books_of = _load(lm, data, books, lengths[-1] + tokens)
+    books_of = _load(lm, paths, books, lengths[-1] + tokens)
     settings = arguments.settings_of(
         "pg19",
         model,
@@ -97,29 +100,45 @@ def main(
     show_perplexity(folder)
 
 
-def _load(lm: LongContextLM, data: Path, most: int, needed_tokens: int) -> dict[str, Prompt]:
-    """The first so many books by name. Raises typer.BadParameter if there are none, or one is too short or too long for
-    what is asked of it."""
-    paths = sorted(data.glob("*.txt")) if data.is_dir() else [data]
+def _find(data: Path) -> list[Path]:
+    """The books by name. Raises typer.BadParameter if there are none."""
+    paths = [data] if data.is_file() else sorted(data.glob("*.txt"))
     if not paths:
+        what = "are no *.txt files in" if data.is_dir() else "is no folder"
         raise typer.BadParameter(
-            f"there are no *.txt files in {str(data)!r}: give a folder of books as plain text, such as the test set of "
-            "PG-19 (https://github.com/google-deepmind/pg19)"
+            f"there {what} {str(data)!r}: give a folder of books as plain text, such as the test set of PG-19 "
+            "(python -m eval.download pg19 --to pg19, then --data pg19/test)"
         )
+    return paths
+
+
+def _load(lm: LongContextLM, paths: Sequence[Path], most: int, needed_tokens: int) -> dict[str, Prompt]:
+    """The first so many books that are long enough. Raises typer.BadParameter if there is none, or the model sees less
+    than what is asked of it."""
     if lm.max_positions is not None and needed_tokens + 1 > lm.max_positions:
         raise typer.BadParameter(
             f"{needed_tokens + 1} tokens are asked for, and the model has {lm.max_positions} positions; give shorter "
             "contexts"
         )
-    found = {}
-    for path, text in zip(paths[:most], arguments.load_texts(paths[:most]), strict=True):
-        found[path.stem] = lm._encode(text)
-        num_tokens = len(found[path.stem].token_ids)
-        if num_tokens < needed_tokens:
-            raise typer.BadParameter(
-                f"{path.name} has {num_tokens} tokens, and {needed_tokens} are needed; give shorter contexts or longer "
-                "books"
-            )
+    found: dict[str, Prompt] = {}
+    short: dict[str, int] = {}
+    for path in paths:
+        if len(found) == most:
+            break
+        (text,) = arguments.load_texts([path])
+        prompt = lm._encode(text)
+        if len(prompt.token_ids) < needed_tokens:
+            short[path.name] = len(prompt.token_ids)
+        else:
+            found[path.stem] = prompt
+    if not found:
+        longest = max(short, key=lambda name: short[name])
+        raise typer.BadParameter(
+            f"{longest} has {short[longest]} tokens, and {needed_tokens} are needed, which no other book has either; "
+            "give shorter contexts or longer books"
+        )
+    if short:
+        typer.echo(f"books with fewer than {needed_tokens} tokens are left out: {', '.join(short)}", err=True)
     return found
 
 

@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 
 from eval import figures
 from eval.figures import DARK, LIGHT, Theme
-from eval.statistics import AVERAGE, FULL, Cell, Row, summarise
-from eval.tables import asked, by_length, by_task, costs, is_perplexity
+from eval.statistics import AVERAGE, FULL, MEANS, Cell, Row, summarise
+from eval.tables import FEWEST_DIFFERING, Table, asked, by_group, by_length, by_task, costs, is_perplexity
 
 MOST_SAMPLES = 10
 """Wrong answers shown of a policy."""
@@ -213,7 +213,7 @@ def _view(run: Run, cells: Sequence[Cell]) -> dict[str, Any]:
     title = ": ".join(str(config[name]) for name in ("suite", "model") if config.get(name)) or run.name
     perplexity = is_perplexity(cells)
     averages = [cell for cell in cells if cell["task"] == AVERAGE]
-    single = averages or cells
+    single = _overall(cells)
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     over = tasks[0] if tasks else ""
     if averages:
@@ -227,31 +227,53 @@ def _view(run: Run, cells: Sequence[Cell]) -> dict[str, Any]:
         "legend": _legend(single),
         "overall": by_length(single) if cells else None,
         "by_task": [by_task(cells, length) for length in sorted({c["length"] for c in cells})] if averages else [],
-        "costs": costs(single),
+        "by_words": _by_words(run.rows),
+        "costs": costs(single) if any(cell[name] is not None for cell in single for name in MEANS) else None,
         "samples": [] if perplexity else wrong_answers(run.rows),
     }
+
+
+def _overall(cells: Sequence[Cell]) -> Sequence[Cell]:
+    """The averages, or the cells themselves where they are of one task."""
+    return [cell for cell in cells if cell["task"] == AVERAGE] or cells
+
+
+def _by_words(rows: Sequence[Row]) -> Table | None:
+    """Scores by length of the text, as LongBench-E's are; None for rows that are not grouped so."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if "length_group" in row["extra"]:
+            groups.setdefault(row["extra"]["length_group"], []).append(row)
+    if not groups:
+        return None
+    return by_group({group: _overall(summarise(groups[group])) for group in sorted(groups)}, "words (answers)")
 
 
 def _legend(cells: Sequence[Cell]) -> str:
     """How the tables of scores or perplexities are read."""
     most = max(map(asked, cells), default=0)
     if not any(cell["paired"] for cell in cells):
-        what = "segments" if is_perplexity(cells) else "answers, in points of 100,"
-        return f"Over {most:,} {what} where nothing else is said."
+        what = _counted(most, "segment") if is_perplexity(cells) else f"{_counted(most, 'answer')}, in points of 100,"
+        return f"Over {what} where nothing else is said."
     marked = (
-        "is worse and ▲ better than full, where the interval excludes 0. Of twenty differences that are 0 in truth, "
+        f"is worse and ▲ better than full, where the interval excludes 0 and {FEWEST_DIFFERING} or more differ from "
+        "full. Of twenty differences that are 0 in truth, about one is marked by chance; intervals of fewer than "
+        "twenty are too narrow."
     )
     if is_perplexity(cells):
         return (
-            f"Over {most:,} segments where nothing else is said. Below each figure: by how much it is above that of "
-            f"full on the same segments, with the 95% interval (bootstrap over segments); ▼ {marked}one is marked by "
-            "chance."
+            f"Over {_counted(most, 'segment')} where nothing else is said. Below each figure: by how much it is above "
+            f"that of full on the same segments, with the 95% interval (bootstrap over segments); ▼ {marked}"
         )
     return (
-        f"In points of 100, over {most:,} answers where nothing else is said. Below each figure: its difference to "
-        f"full on the same questions, with the 95% interval (paired bootstrap); ▼ {marked}one is marked by chance. An "
-        "interval without width says that all of these questions came out alike, not that all others would."
+        f"In points of 100, over {_counted(most, 'answer')} where nothing else is said. Below each figure: its "
+        f"difference to full on the same questions, with the 95% interval (paired bootstrap); ▼ {marked} An interval "
+        "without width says that all of these questions came out alike, not that all others would."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def wrong_answers(rows: Iterable[Row]) -> list[dict[str, Any]]:

@@ -79,7 +79,8 @@ def summarise(rows: Iterable[Row], *, resamples: int = 10_000, seed: int = 0, le
 
     Every cell has `task`, `length`, `policy`, `budget_tokens` (None where all is read), `count` (rows whose status is
     ok: what means are over), `failed` (the number of others by status), `paired` (examples that are ok here and under
-    `full`) and the means of `MEANS` over the ok rows that have them.
+    `full`), `differing` (those of them that came out otherwise) and the means of `MEANS` over the ok rows that have
+    them.
 
     Of answers: `score`, the mean over all `count` rows; `full`, the mean of `full` over the paired examples;
     `difference`, the mean over the paired examples of score minus that of `full`, with the bounds `low` and `high`.
@@ -104,7 +105,7 @@ def summarise(rows: Iterable[Row], *, resamples: int = 10_000, seed: int = 0, le
     kinds = {row["metric"] == PERPLEXITY for row in rows}
     if len(kinds) > 1:
         raise ValueError(f"rows with the metric {PERPLEXITY!r} and others cannot be averaged; summarise them apart")
-    weigh = _perplexity if kinds == {True} else _scores
+    weigh, figure = (_perplexity, PERPLEXITY) if kinds == {True} else (_scores, "score")
     found: dict[_Place, dict[Key, Row]] = {}
     for row in rows:
         _check(row)
@@ -134,6 +135,9 @@ def summarise(rows: Iterable[Row], *, resamples: int = 10_000, seed: int = 0, le
             "count": sum(len(asked) for asked in right),
             "failed": dict(sorted(Counter(row["status"] for row in every if row["status"] != "ok").items())),
             "paired": sum(len(asked.keys() & full.keys()) for asked in right),
+            "differing": sum(
+                row[figure] != full[key][figure] for asked in right for key, row in asked.items() if key in full
+            ),
             **weigh(right, full, resamples, seed, level),
             **{name: _mean([_mean([row.get(name) for row in asked.values()]) for asked in right]) for name in MEANS},
         }

@@ -6,9 +6,13 @@ This module knows cells, nothing of files or pages.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from eval.statistics import AVERAGE, FULL, Cell
+
+FEWEST_DIFFERING = 6
+"""Examples that must differ from `full` before a difference is marked: fewer are all of one sign by chance more often
+than once in twenty (2 ** (1 - 5) is 6%), and the bootstrap does not see that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,12 @@ def by_task(cells: Sequence[Cell], length: int) -> Table:
     return Table(corner, columns, [Section(lines)], groups, _title(here))
 
 
+def by_group(groups: Mapping[str, Sequence[Cell]], corner: str) -> Table:
+    """Groups of examples down, policies and budgets across; cells of a group are averages, or of its one task."""
+    named = [{**cell, "task": group} for group, cells in groups.items() for cell in cells]
+    return dataclasses.replace(by_task(named, named[0]["length"]), corner=corner, title="")
+
+
 def costs(cells: Sequence[Cell]) -> Table:
     """Memory and time of policies and budgets, length by length."""
     sections = []
@@ -146,6 +156,8 @@ def entry(cell: Cell | None, most: int) -> Entry:
         return Entry(value, detail, notes=notes)
     above, below = ("worse", "better") if perplexity else ("better", "worse")
     mark = above if low > 0 else below if high < 0 else ""
+    if cell["differing"] < FEWEST_DIFFERING:
+        mark = ""
     return Entry(value, detail, f"[{_signed(low, decimals)}, {_signed(high, decimals)}]", mark, notes)
 
 

@@ -8,8 +8,8 @@ keyword, `session`, which flows through to the function registered here under `N
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    session: SessionBatch | LaneBatch | None = None,
+    session: Attends | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The registered function: `[1, heads, L, H]` in, `[1, L, heads, H]` out."""
@@ -157,8 +157,26 @@ def forward(
     return logits
 
 
+class Attends(Protocol):
+    """What a model's attention function hands queries, keys and values to."""
+
+    def attend(
+        self,
+        layer: int,
+        q_ALH: Tensor,
+        k_NLH: Tensor,
+        v_NLH: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention output `[A, L, H]` of the pass's tokens."""
+        ...
+
+
 def run_model(
-    model: PreTrainedModel, ids_L: Tensor, position_L: Tensor, batch: SessionBatch | LaneBatch, keep: int | Tensor = 0
+    model: PreTrainedModel, ids_L: Tensor, position_L: Tensor, batch: Attends, keep: int | Tensor = 0
 ) -> Tensor:
     """The model over one row of packed tokens, attention through `batch`. Returns float32 logits, `[L, vocabulary]`.
 
@@ -175,6 +193,43 @@ def run_model(
             session=batch,
         )
     return output.logits[0].float()
+
+
+@contextlib.contextmanager
+def dropping_rows(model: PreTrainedModel, kept_by: Callable[[int], Tensor | None]) -> Iterator[None]:
+    """Inside, a pass may compute fewer tokens with depth: what is dropped ahead of a layer, later ones do not see
+    either.
+
+    `kept_by` is called with each layer's number, in order; it gives the rows that go on, int64 and rising, of those
+    that the layer before had, or None for all.
+    """
+    kept: Tensor | None = None
+
+    def drop(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        nonlocal kept
+        row_L = kept_by(layer.self_attn.layer_idx)
+        if row_L is not None:
+            kept = row_L if kept is None else kept[row_L]
+            if arguments:
+                arguments = (arguments[0][:, row_L], *arguments[1:])
+            else:
+                keywords = {**keywords, "hidden_states": keywords["hidden_states"][:, row_L]}
+        if kept is None:
+            return arguments, keywords
+        # The model hands every layer the tables of all rows that the pass began with.
+        cos, sin = keywords["position_embeddings"]
+        changed = {"position_embeddings": (cos[:, kept], sin[:, kept])}
+        if keywords.get("position_ids") is not None:
+            changed["position_ids"] = keywords["position_ids"][:, kept]
+        return arguments, {**keywords, **changed}
+
+    layers = [each for each in model.modules() if hasattr(getattr(each, "self_attn", None), "layer_idx")]
+    handles = [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from sentencekv.sentences import Splitter
@@ -66,6 +66,25 @@ class Config:
     """Where documents that were not used for longest go when host memory is exhausted, as files without a name that
     vanish with them; they come back when they are asked. None: a MemoryError instead."""
 
+    reuse: Literal["off", "exact", "similar"] = "off"
+    """Whether prompts are cached, and what a new one takes from them: `exact`, the beginning that it shares with one,
+    which changes nothing but time; `similar`, runs of tokens that moved as well, which is an approximation
+    (`Generation.reuse` says of what). Only within a namespace; needs `pip install "sentencekv[reuse]"`."""
+
+    reuse_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Keyword options of `similar`, e.g. `{"ratio": 0.15}`: see `sentencekv.reuse.prompt_cache.ReuseOptions`."""
+
+    reuse_folder: str | None = None
+    """Where cached prompts go that have to leave host memory, and where they are when the process ends; the next one
+    finds them there. None: they are forgotten."""
+
+    reuse_bytes: int | None = None
+    """Upper bound for cached prompts in host memory; None: half of what is free when the first is cached."""
+
+    reuse_embedding: Callable[[str], Sequence[float]] | None = None
+    """A text to the numbers by which similar prompts are found, e.g. a sentence-embedding model's; None: the mean of
+    the model's own embeddings of its tokens."""
+
     def __post_init__(self) -> None:
         for field in ("budget_tokens", "window_tokens", "max_sentence_tokens", "min_sentence_tokens"):
             _check_count(field, getattr(self, field), least=1)
@@ -85,6 +104,7 @@ class Config:
             raise TypeError(f"splitter must be callable or None, got {type(self.splitter).__name__}")
         if self.kv_dtype not in ("auto", "fp8", "int8", "int4"):
             raise ValueError(f"kv_dtype must be 'auto', 'fp8', 'int8' or 'int4', got {self.kv_dtype!r}")
+        self._check_reuse()
         if self.spill_folder is not None and not os.path.isdir(self.spill_folder):
             raise ValueError(
                 f"spill_folder must be a directory that exists, got {self.spill_folder!r}; create it first"
@@ -110,6 +130,22 @@ class Config:
             raise ValueError(
                 f"hot_tokens ({self.hot_tokens}) must be at least budget_tokens ({self.budget_tokens}): what is "
                 "selected for a step must fit in the hot set"
+            )
+
+    def _check_reuse(self) -> None:
+        if self.reuse not in ("off", "exact", "similar"):
+            raise ValueError(f"reuse must be 'off', 'exact' or 'similar', got {self.reuse!r}")
+        if not isinstance(self.reuse_options, Mapping):
+            raise TypeError(f"reuse_options must be a mapping, got {type(self.reuse_options).__name__}")
+        object.__setattr__(self, "reuse_options", dict(self.reuse_options))
+        if self.reuse_bytes is not None:
+            _check_count("reuse_bytes", self.reuse_bytes, least=1)
+        if self.reuse_embedding is not None and not callable(self.reuse_embedding):
+            raise TypeError(f"reuse_embedding must be callable or None, got {type(self.reuse_embedding).__name__}")
+        if self.reuse != "off" and self.kv_dtype != "auto":
+            raise ValueError(
+                f"reuse={self.reuse!r} needs kv_dtype='auto', got {self.kv_dtype!r}: rows of fewer bits would be "
+                "rounded again each time they are reused"
             )
 
     @property

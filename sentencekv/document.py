@@ -19,6 +19,7 @@ from sentencekv.engine import Engine
 from sentencekv.generation import Generation
 from sentencekv.prompts import Prompt, encode_appended, generated, section
 from sentencekv.reading import Progress
+from sentencekv.reuse.report import Reuse
 from sentencekv.sampling import SamplingOptions, make_options
 from sentencekv.saved import Contents, move_to_disk, save
 
@@ -67,10 +68,12 @@ class Document:
     `close` (or leaving a `with` block) frees its memory.
     """
 
-    def __init__(self, engine: Engine, contents: Contents, seconds_to_read: float) -> None:
+    def __init__(self, engine: Engine, contents: Contents, seconds_to_read: float, reuse: Reuse | None = None) -> None:
         """Use `LongContextLM.read` or `LongContextLM.open`."""
         self.seconds_to_read = seconds_to_read
         """What reading it took, or opening its file."""
+        self.reuse = reuse
+        """What of it came from a cached prompt when it was read; None with `reuse="off"`, and for one from a file."""
         self._engine = engine
         self._contents = contents
         self._closed = False

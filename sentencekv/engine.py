@@ -6,6 +6,9 @@ of how models are loaded or of what a document is.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +27,7 @@ from sentencekv.graph import Stepper
 from sentencekv.memory import HostMemory
 from sentencekv.prompts import Prompt, section
 from sentencekv.reading import Progress, read
+from sentencekv.reuse.prompt_cache import DEFAULT_NAMESPACE, PromptCache, Reading
 from sentencekv.sampling import SamplingOptions, refuse_nan
 from sentencekv.saved import Owner
 from sentencekv.session import Session
@@ -107,11 +111,41 @@ class Engine:
         """A new, empty session."""
         return Session(self.config, self.policy, self.memory, self.model.device, self._layout()[0].row_bytes)
 
+    @functools.cached_property
+    def prompt_cache(self) -> PromptCache | None:
+        """Cached prompts, if the configuration asks for them; made when first used. Raises as `PromptCache`."""
+        if self.config.reuse == "off":
+            return None
+        owner = "\n".join(
+            [self.owner.weights, self.owner.vocabulary, str(self.model.dtype), str(self.owner.rotary.tolist())]
+        )
+        return PromptCache(
+            self.model,
+            self.layers,
+            self.config,
+            self.memory,
+            self.session,
+            owner=hashlib.sha256(owner.encode()).hexdigest(),
+            chunk_tokens=self.chunk_tokens,
+        )
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of one forward pass while reading."""
+        return self.config.prefill_chunk_tokens or _CHUNK_TOKENS[self.model.device.type]
+
+    def read_reusing(
+        self, prompts: Sequence[Prompt], namespace: str, progress: Progress | None = None
+    ) -> list[Reading] | None:
+        """Read prompts one after another with the help of what is cached; None if nothing is cached at all."""
+        if self.prompt_cache is None:
+            return None
+        return [self.prompt_cache.read(prompt, namespace, progress) for prompt in prompts]
+
     def read(self, sessions: Sequence[Session], prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
         """Append prompts to sessions, exactly; returns the logits `[B, vocabulary]` of their last tokens."""
-        chunk_tokens = self.config.prefill_chunk_tokens or _CHUNK_TOKENS[self.model.device.type]
         with self.layers.active():
-            return read(self.model, sessions, prompts, chunk_tokens=chunk_tokens, progress=progress)
+            return read(self.model, sessions, prompts, chunk_tokens=self.chunk_tokens, progress=progress)
 
     def generate(
         self,
@@ -119,17 +153,27 @@ class Engine:
         options: SamplingOptions,
         progress: Progress | None,
         results: list[Generation],
+        namespace: str = DEFAULT_NAMESPACE,
     ) -> Iterator[tuple[int, str]]:
         """Read prompts and continue them; yields `(index, text)`, and appends to `results` when all have ended."""
         started_at = time.perf_counter()
         self.check_fits(prompts, options.max_new_tokens)
-        sessions = [self.session() for _ in prompts]
-        logits = self.read(sessions, prompts, progress)
+        readings = self.read_reusing(prompts, namespace, progress)
+        if readings is None:
+            sessions = [self.session() for _ in prompts]
+            logits = self.read(sessions, prompts, progress)
+        else:
+            sessions = [reading.session for reading in readings]
+            logits = torch.stack([reading.logits_V for reading in readings])
         decodings = [self._decoding(s, p.token_ids, options) for s, p in zip(sessions, prompts, strict=True)]
         yield from decode(self.stepper, decodings, logits)
-        for decoding, prompt in zip(decodings, prompts, strict=True):
+        for i, (decoding, prompt) in enumerate(zip(decodings, prompts, strict=True)):
             sources = find_sources(decoding, prompt, 0)
-            results.append(finish(decoding, sources, context_tokens=len(prompt.token_ids), started_at=started_at))
+            result = finish(decoding, sources, context_tokens=len(prompt.token_ids), started_at=started_at)
+            if readings is not None:
+                reuse = readings[i].finish(result.stats.seconds_to_first_token)
+                result = dataclasses.replace(result, reuse=reuse)
+            results.append(result)
 
     def adopt(self, base: Session) -> Session:
         """A fork of another configuration's session of the same model and memory, under this one.

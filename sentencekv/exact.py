@@ -137,8 +137,26 @@ def attention_in_parts(
         earlier: `[N, any, 2, H]`, of tokens before them, in any order and any number of parts; each is used up before
             the next is asked for.
     """
-    output, log = partial_attention(q_ALH, new_NLH, scale=scale, softcap=softcap, causal=True)
-    total, log_AL = output.float().contiguous(), log.contiguous()
+    output, log_AL = partial_attention(q_ALH, new_NLH, scale=scale, softcap=softcap, causal=True)
+    return attention_after(output, log_AL, q_ALH, earlier, scale=scale, softcap=softcap)
+
+
+def attention_after(
+    output: Tensor,
+    log_AL: Tensor,
+    q_ALH: Tensor,
+    earlier: Iterable[Tensor],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention `output`, `[A, L, H]`, over some keys, with that over earlier ones added; written to and returned.
+
+    Args:
+        log_AL: float32, the log of the sum of the exponents in `output`.
+        earlier: as of `attention_in_parts`; the queries see all of them.
+    """
+    total, log_AL = output.float().contiguous(), log_AL.contiguous()
 
     def add(kv_NTH: Tensor) -> None:
         merge_attention(total, log_AL, *partial_attention(q_ALH, kv_NTH, scale=scale, softcap=softcap, causal=False))

@@ -480,7 +480,7 @@ def _watch(model: PreTrainedModel, layers: Sequence[nn.Module], positions: list[
     try:
         ids = torch.zeros(len(positions), dtype=torch.int64, device=model.device)
         at = torch.tensor(positions, device=model.device)
-        run_model(model, ids, at, _FixedAttention(), keep=1)  # type: ignore[arg-type]
+        run_model(model, ids, at, _FixedAttention(), keep=1)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sentencekv.decoding import Decoding, FinishReason
 from sentencekv.prompts import Prompt
+from sentencekv.reuse.report import Reuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Generation:
     """Sentences that sparse steps read, most attention first; none under `full` and `window`, which do not select, and
     none if only one token was generated, which comes from the exact reading."""
     stats: Stats
+    reuse: Reuse | None = None
+    """What of the prompt came from a cached one; None with `reuse="off"`, and for questions of a document."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from sentencekv.loading import DEVICE_TYPES, load_model
 from sentencekv.memory import HostMemory
 from sentencekv.prompts import Message, Prompt, document_frame, encode, encode_chat, is_chat, section
 from sentencekv.reading import Progress
+from sentencekv.reuse.prompt_cache import DEFAULT_NAMESPACE, make_reuse_options
 from sentencekv.sampling import make_options
 from sentencekv.saved import Contents, open_saved
 
@@ -129,12 +130,22 @@ class LongContextLM:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[Message], *, progress: Progress | None = ..., **sampling: Unpack[Sampling]
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        progress: Progress | None = ...,
+        namespace: str = ...,
+        **sampling: Unpack[Sampling],
     ) -> Generation: ...
 
     @overload
     def generate(
-        self, prompt: list[str], *, progress: Progress | None = ..., **sampling: Unpack[Sampling]
+        self,
+        prompt: list[str],
+        *,
+        progress: Progress | None = ...,
+        namespace: str = ...,
+        **sampling: Unpack[Sampling],
     ) -> list[Generation]: ...
 
     def generate(
@@ -142,6 +153,7 @@ class LongContextLM:
         prompt: str | Sequence[str] | Sequence[Message],
         *,
         progress: Progress | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
         **sampling: Unpack[Sampling],
     ) -> Generation | list[Generation]:
         """Read a prompt exactly and continue it under the budget.
@@ -150,6 +162,8 @@ class LongContextLM:
             prompt: a text (continued as it is), chat messages (rendered by the chat template), or a list of texts,
                 which are generated together as a batch of any lengths.
             progress: called with tokens read and tokens in all.
+            namespace: with `reuse`, whose cached prompts it may take from and is added to; those of one are never
+                seen, timed or counted in another.
             sampling: see `SamplingOptions`.
 
         Returns: one `Generation`, or a list for a list of texts.
@@ -159,7 +173,7 @@ class LongContextLM:
             raise TypeError(f"a prompt must be a string, a list of strings or chat messages, got {_describe(prompt)}")
         prompts = [self._encode(prompt)] if single else [self._encode(text) for text in prompt]
         results: list[Generation] = []
-        for _ in self._engine.generate(prompts, make_options(sampling), progress, results):
+        for _ in self._engine.generate(prompts, make_options(sampling), progress, results, _checked_name(namespace)):
             pass
         return results[0] if single else results
 
@@ -168,23 +182,34 @@ class LongContextLM:
         prompt: str | Sequence[Message],
         *,
         progress: Progress | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
         **sampling: Unpack[Sampling],
     ) -> GenerationStream:
         """As `generate` for one prompt, piece by piece; the prompt is read when the first piece is asked for."""
         if not isinstance(prompt, str) and not is_chat(prompt):
             raise TypeError(f"stream takes one string or chat messages, got {_describe(prompt)}")
         results: list[Generation] = []
-        pieces = self._engine.generate([self._encode(prompt)], make_options(sampling), progress, results)
+        prompts, options = [self._encode(prompt)], make_options(sampling)
+        pieces = self._engine.generate(prompts, options, progress, results, _checked_name(namespace))
         return GenerationStream(pieces, results)
 
     @overload
-    def read(self, text: str, *, chat: bool | None = ..., progress: Progress | None = ...) -> Document: ...
+    def read(
+        self, text: str, *, chat: bool | None = ..., progress: Progress | None = ..., namespace: str = ...
+    ) -> Document: ...
 
     @overload
-    def read(self, text: list[str], *, chat: bool | None = ..., progress: Progress | None = ...) -> list[Document]: ...
+    def read(
+        self, text: list[str], *, chat: bool | None = ..., progress: Progress | None = ..., namespace: str = ...
+    ) -> list[Document]: ...
 
     def read(
-        self, text: str | Sequence[str], *, chat: bool | None = None, progress: Progress | None = None
+        self,
+        text: str | Sequence[str],
+        *,
+        chat: bool | None = None,
+        progress: Progress | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
     ) -> Document | list[Document]:
         """Read a document once; many questions can be asked of it.
 
@@ -192,6 +217,7 @@ class LongContextLM:
             text: the document, or a list of them, which are read together: short ones share a forward pass.
             chat: put document and question in one user turn of the tokenizer's chat template; None: if it has one.
             progress: called with tokens read and tokens in all. What it raises ends the reading, and nothing is kept.
+            namespace: as of `generate`. What was reused is `Document.reuse`.
 
         Returns: one `Document`, or a list for a list of texts.
 
@@ -216,12 +242,17 @@ class LongContextLM:
             for each in texts
         ]
         engine.check_fits(prompts, new_tokens=0)
-        sessions = [engine.session() for _ in prompts]
-        engine.read(sessions, prompts, progress)
+        readings = engine.read_reusing(prompts, _checked_name(namespace), progress)
+        if readings is None:
+            sessions = [engine.session() for _ in prompts]
+            engine.read(sessions, prompts, progress)
+        else:
+            sessions = [reading.session for reading in readings]
         seconds = time.perf_counter() - started_at
+        reuses = [None] * len(prompts) if readings is None else [reading.finish(seconds) for reading in readings]
         documents = [
-            Document(engine, Contents(each, prompt, frame, session), seconds)
-            for each, prompt, session in zip(texts, prompts, sessions, strict=True)
+            Document(engine, Contents(each, prompt, frame, session), seconds, reuse)
+            for each, prompt, session, reuse in zip(texts, prompts, sessions, reuses, strict=True)
         ]
         return documents[0] if single else documents
 
@@ -333,6 +364,12 @@ class LongContextLM:
             )
         return self._engine.logits(prompt, total - context_tokens).cpu()
 
+    def close(self) -> None:
+        """Write cached prompts to `reuse_folder`, if there is one, and let go of them; documents stay as they are."""
+        cache = vars(self._engine).pop("prompt_cache", None)
+        if cache is not None:
+            cache.close()
+
     def _encode(self, prompt: object) -> Prompt:
         if is_chat(prompt):
             return encode_chat(self.tokenizer, prompt, self.config)  # type: ignore[arg-type]
@@ -354,11 +391,19 @@ def config_from(given: Mapping[str, Any], base: Mapping[str, Any] | None = None)
     policy = every.get("policy", Config.policy)
     if not isinstance(policy, str) or not isinstance(every.get("policy_options", {}), Mapping):
         return Config(**every)  # says what is wrong with them
+    if isinstance(every.get("reuse_options"), Mapping):
+        make_reuse_options(every["reuse_options"])
     settings = policies.load(policy, every.get("policy_options")).settings
     for name, value in settings.items():
         if given.get(name, value) != value:
             raise ValueError(f"policy {policy!r} brings its own {name}, {value}; leave it out or choose another policy")
     return Config(**{**every, **settings})
+
+
+def _checked_name(namespace: str) -> str:
+    if not isinstance(namespace, str) or not namespace:
+        raise ValueError(f"namespace must be a non-empty string, got {namespace!r:.80}")
+    return namespace
 
 
 def _make_memory(config: Config, *, pinned: bool) -> HostMemory:

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -110,6 +110,7 @@ class HostMemory:
         self.spill_folder = spill_folder
         self.in_use_bytes = 0
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._caches: list[weakref.ref[Callable[[int], object]]] = []
         if pinned:
             _pin_faster()
         self._background: ThreadPoolExecutor | None = None
@@ -119,8 +120,23 @@ class HostMemory:
         """Name it in error messages, and move it to disk when memory is short; it is not kept alive by this."""
         self._holders.add(holder)
 
+    def on_shortage(self, release: Callable[[int], object]) -> None:
+        """Call this with a number of bytes before anything else is done about a shortage; it is not kept alive."""
+        self._caches.append(weakref.WeakMethod(release) if hasattr(release, "__self__") else weakref.ref(release))
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that can still be allocated."""
+        return max(self._free_bytes(0), 0)
+
     def check(self, needed_bytes: int) -> None:
         """Make room for so many bytes more, by moving others to disk if need be; raise MemoryError if there is none."""
+        if needed_bytes <= self._free_bytes(needed_bytes):
+            return
+        for cache in self._caches:
+            release = cache()
+            if release is not None:
+                release(needed_bytes - self._free_bytes(needed_bytes))
         if needed_bytes <= self._free_bytes(needed_bytes):
             return
         failure: OSError | None = None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sentencekv.config import Config
-from sentencekv.exact import attention_in_parts, exact_attention
+from sentencekv.exact import attention_after, attention_in_parts, exact_attention
 from sentencekv.lane import SessionLane
 from sentencekv.memory import HostMemory
 from sentencekv.policies import Policy
@@ -31,6 +31,7 @@ from sentencekv.store import Extent, Places, Run
 from sentencekv.streaming import Stream
 from sentencekv.transfer import to_device
 from triton_ops.lanes import SHARE_UNITS
+from triton_ops.positional_attention import positional_attention
 
 ASSEMBLED_TOKENS = {"cuda": 2048, "cpu": 0}
 """Closed tokens up to which an exact pass brings a layer's KV together; more come in blocks (`streaming.py`)."""
@@ -394,6 +395,33 @@ class Session:
         `[N, T, 2, H]`. For studies; attention does not need it."""
         self._leave_lane()
         return self._everything(layer, _no_tokens(self._recent[layer]))
+
+    def attend_some(
+        self,
+        layer: int,
+        q_ALH: Tensor,
+        new_NTH: Tensor,
+        position_L: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """As `attend` for a pass of T tokens of which only L are computed: attention output `[A, L, H]` of these;
+        appends the KV of all. The layer must be one that retrieves (no sliding window).
+
+        Args:
+            new_NTH: `[N, T, 2, H]`, KV of all new tokens, computed here or elsewhere.
+            position_L: int32 `[L]` on the device: which of the T tokens the queries are of, rising.
+        """
+        output, log_AL = positional_attention(q_ALH, new_NTH, position_L, scale=scale, softcap=softcap)
+        if self.num_tokens:
+            if self._stream is None:
+                self._stream = Stream(self._places, sorted(self._recent), self.device)
+            first = torch.cat([self._sink[layer], self._recent[layer]], dim=1)
+            earlier = itertools.chain([first], self._stream.blocks(layer))
+            output = attention_after(output, log_AL, q_ALH, earlier, scale=scale, softcap=softcap)
+        self.append_context(layer, new_NTH)
+        return output
 
     def append_context(self, layer: int, kv_NLH: Tensor) -> None:
         """Append KV `[N, L, 2, H]` that the pass's new tokens already have, without attention: `attend`'s other half.

@@ -144,6 +144,11 @@ class Slab:
         """How the rows of one layer look."""
         return self._layout_of_layer[layer]
 
+    def upto(self, used_tokens: int) -> Slab:
+        """Its first rows as a slab of their own, for others to go on from; they are shared, not copied."""
+        assert used_tokens <= self.used_tokens
+        return Slab(self.capacity_tokens, used_tokens, self.rows, self._layout_of_layer)
+
     def unload(self, load: Callable[[int], Tensor]) -> None:
         """Let go of all rows: `load` brings back what they are. Whoever reads them now keeps what it reads."""
         self._load = load

@@ -256,6 +256,10 @@ class Extent:
         self._value_sum_of_layer.update(zip(layers, torch._foreach_add(sums, list(new.unbind(0))), strict=True))
         return new
 
+    def set_value_sum(self, layer: int, value_sum_NH: Tensor) -> None:
+        """Say what the values of a layer's tokens sum up to, float32 `[N, H]`, where they were not added one by one."""
+        self._value_sum_of_layer[layer] = value_sum_NH
+
     def value_sum(self, layer: int) -> Tensor:
         """Sum of the values of all tokens of a layer, float32 `[N, H]` on the device."""
         return self._value_sum_of_layer[layer]

@@ -29,6 +29,7 @@ from triton_ops.gather_kv import gather_kv_triton
 from triton_ops.linear import linear_triton
 from triton_ops.merge_attention import merge_attention_triton
 from triton_ops.offload_kv import offload_kv_triton
+from triton_ops.positional_attention import positional_attention_triton
 from triton_ops.resolve_hot_set import resolve_hot_set_triton
 from triton_ops.rms_norm import rms_norm_triton
 from triton_ops.rotary import rotary_triton
@@ -37,6 +38,7 @@ from triton_ops.score_sentences import score_sentences_triton
 from triton_ops.select_sentences import select_sentences_triton
 from triton_ops.sparse_decode import sparse_decode_triton
 from triton_ops.summarize import summarize_triton
+from triton_ops.token_signatures import token_signatures_triton
 
 
 class Shape(NamedTuple):
@@ -156,6 +158,16 @@ def offload_kv(shape: Shape) -> None:
         offload_kv_triton(part, [], addresses, places, 32, pitch=400, skip=skip)
 
 
+def positional_attention(shape: Shape) -> None:
+    softcap = 50.0 if shape.dim == 256 else None
+    # Rows enough for every program to have its own; and so few that several share keys.
+    for rows, dtype in ((4096, shape.dtype), (8, shape.dtype), (4096, torch.float32)):
+        q = torch.zeros(rows, shape.heads * shape.group, shape.dim, dtype=dtype).transpose(0, 1)
+        kv = torch.zeros(shape.heads, 5000, 2, shape.dim, dtype=dtype)
+        position = torch.zeros(rows, dtype=torch.int32)
+        positional_attention_triton(q, kv, position, scale=0.1, softcap=softcap)
+
+
 def sparse_decode(shape: Shape) -> None:
     lanes = lanes_of(shape, 1)
     q = queries(lanes, shape)
@@ -222,6 +234,12 @@ def rotary(shape: Shape) -> None:
         rotary_triton(qkv, cos, cos, num_kv_heads=shape.heads, head_dim=shape.dim, q_norm_H=norm, k_norm_H=norm)
 
 
+def token_signatures(shape: Shape) -> None:
+    token, embedding = torch.zeros(3, dtype=torch.int64), torch.zeros(8, shape.hidden, dtype=shape.dtype)
+    for bits in (32, 128):
+        token_signatures_triton(token, embedding, token, torch.zeros(shape.hidden, bits))
+
+
 OPS: dict[str, Callable[[Shape], None]] = {
     op.__name__: op
     for op in (
@@ -232,6 +250,7 @@ OPS: dict[str, Callable[[Shape], None]] = {
         gather_kv,
         merge_attention,
         offload_kv,
+        positional_attention,
         summarize,
         encode_keys,
         sparse_decode,
@@ -241,6 +260,7 @@ OPS: dict[str, Callable[[Shape], None]] = {
         draw_greedy,
         rms_norm,
         rotary,
+        token_signatures,
     )
 }
 

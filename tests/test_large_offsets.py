@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.lanes import assert_as_good, random_batch, random_heads, random_selection
+from tests.test_positional_attention import truth
 from tests.test_sparse_decode import random_step, shares
 from triton_ops import Lanes, Part, Resolved, Scores, pack_box
 from triton_ops.gather_kv import gather_kv_triton
 from triton_ops.offload_kv import offload_kv_ref, offload_kv_triton
+from triton_ops.positional_attention import positional_attention_ref, positional_attention_triton
 from triton_ops.score_codes import score_codes_ref, score_codes_triton
 from triton_ops.score_sentences import score_sentences_ref, score_sentences_triton
 from triton_ops.select_sentences import select_sentences_ref, select_sentences_triton
@@ -165,3 +167,21 @@ def test_offload(gpu: torch.device) -> None:
     torch.cuda.synchronize()
     for slabs, wants in zip(slabs_of, wants_of, strict=True):
         assert torch.equal(slabs[0], wants[0])
+
+
+@pytest.mark.parametrize("far", ["heads", "tokens"])
+def test_attention_by_position(far: str, gpu: torch.device) -> None:
+    """Keys of the last head, or of the last tokens, begin far behind the first."""
+    heads, group, tokens, dim = 3, 4, 200, 64
+    kept = (heads, tokens, 2, dim) if far == "heads" else (tokens, heads, 2, dim)
+    room = torch.empty((kept[0], LARGE // (kept[0] - 1) + 100), dtype=HALF, device=gpu)
+    kv = room[:, : kept[1] * 2 * dim].unflatten(1, kept[1:])
+    kv.copy_(torch.randn(kept, device=gpu))
+    kv_NTH = kv if far == "heads" else kv.transpose(0, 1)
+    q = torch.randn(heads * group, 6, dim, dtype=HALF, device=gpu)
+    position = torch.tensor([0, 50, 99, 100, 198, 199], dtype=torch.int32, device=gpu)
+    got, log = positional_attention_triton(q, kv_NTH, position, scale=dim**-0.5)
+    output, output_log = truth(q, kv_NTH.contiguous(), position, scale=dim**-0.5, softcap=None)
+    want, want_log = positional_attention_ref(q, kv_NTH.contiguous(), position, scale=dim**-0.5)
+    assert_as_good(got, want, output)
+    assert_as_good(log, want_log, output_log)

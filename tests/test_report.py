@@ -209,11 +209,34 @@ def test_a_run_of_perplexity_has_no_answers(tmp_path: Path) -> None:
         for p, b, nats in (("full", None, 2.0), ("codes", 256, 2.01))
         for book in ("one", "two")
         for n in (0, 4096)
-        for i in "ab"
+        for i in "abc"
     ]
-    page = page_of(write(tmp_path / "pg", rows, {**CONFIG, "suite": "pg19", "examples": 8}))
+    page = page_of(write(tmp_path / "pg", rows, {**CONFIG, "suite": "pg19", "examples": 12}))
     text = Outline(page).text
     assert "Perplexity, all 2 texts together" in text
     assert re.search(r"7\.463\s*\+1\.01% \[\+1\.01, \+1\.01\] ▼", text)
+    # Three segments of a book may differ in the same direction by chance.
+    assert len(re.findall(r"7\.463\s*\+1\.01% \[\+1\.01, \+1\.01\](?! ▼)", text)) == 4
     assert "Wrong answers" not in text
+    assert "Memory and time" not in text, "nothing of it was measured"
     assert (tmp_path / "pg" / "page-pg-perplexity.png").is_file()
+
+
+def test_texts_that_are_grouped_by_words_have_their_table(tmp_path: Path) -> None:
+    rows = [
+        row(policy, budget, f"{group}-{i}", score, task=task, length=0, extra={"length_group": group}, kv_gpu_bytes=1)
+        for policy, budget, of_group in (("full", None, (1.0, 0.5, 0.9)), ("codes", 256, (1.0, 0.25, 0.3)))
+        for group, score in zip(("0-4k", "8k+", "4-8k"), of_group, strict=True)
+        for task in ("qasper_e", "trec_e")
+        for i in range(2)
+        if (task, group) != ("trec_e", "4-8k")
+    ]
+    text = Outline(page_of(write(tmp_path, rows, {**CONFIG, "suite": "longbench-e", "examples": 10}))).text
+    _, _, table = text.partition("By words of text")
+    table, _, _ = table.partition("Memory and time")
+    assert re.findall(r"(\S+) \((\d)\)\s*(\d+\.\d)\s*(\d+\.\d)", table) == [
+        ("0-4k", "4", "100.0", "100.0"),
+        ("4-8k", "2", "90.0", "30.0"),
+        ("8k+", "4", "50.0", "25.0"),
+    ]
+    assert "By words of text" not in Outline(page_of(write(tmp_path / "other", ROWS))).text

@@ -9,8 +9,18 @@ import torch
 import typer
 
 from eval import needle, pg19, runner
-from eval.arguments import as_config, asked_of, load_model, names, settings_of, template_tokens, whole_numbers
+from eval.arguments import (
+    as_config,
+    asked_of,
+    load_model,
+    names,
+    settings_of,
+    template_tokens,
+    whole_numbers,
+    with_data,
+)
 from eval.examples import Example
+from eval.infinitebench.__main__ import main as infinitebench
 from eval.longbench.__main__ import main as longbench
 from eval.report import expected_rows
 from eval.ruler.__main__ import main as ruler
@@ -209,8 +219,11 @@ def test_longbench(tmp_path: Path) -> None:
     options = {"tasks": "qasper,trec", "policies": "full", "max_tokens": 400, "cases": 1}
     longbench(data, **options, out=tmp_path, **CPU)
     assert {row["task"] for row in rows_of(tmp_path)} == {"qasper", "trec"}
+    # What is missing is said before a model is looked for.
     with pytest.raises(typer.BadParameter, match="narrativeqa"):
-        longbench(tmp_path, **CPU)
+        longbench(tmp_path, model="nowhere")
+    with pytest.raises(typer.BadParameter, match=r"gov_report_e\.jsonl"):
+        longbench(data, model="nowhere", tasks="trec,gov_report", extended=True)
 
 
 def test_pg19(prose: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,8 +245,10 @@ def test_pg19(prose: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     want = sum(float(logits[i - 1, ids[i]]) for i in range(300, 308))
     assert found["0", 300, "full", None] == pytest.approx(want, abs=1e-2)
     assert "after 300" in capsys.readouterr().out
-    with pytest.raises(typer.BadParameter, match=r"no \*\.txt files"):
+    with pytest.raises(typer.BadParameter, match=r"no \*\.txt files in .* eval\.download pg19"):
         pg19.main(tmp_path, **CPU)
+    with pytest.raises(typer.BadParameter, match=r"there is no folder .* eval\.download pg19"):
+        pg19.main(tmp_path / "nowhere", **CPU)
     with pytest.raises(typer.BadParameter, match="tokens are asked for"):
         pg19.main(books, contexts="100000", out=tmp_path / "other", **CPU)
     with pytest.raises(typer.BadParameter, match="snapkv"):
@@ -241,3 +256,30 @@ def test_pg19(prose: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(typer.BadParameter, match=r"one\.txt has .* tokens, and 30008 are needed"):
         pg19.main(books, contexts="30000", tokens=8, out=tmp_path / "other", **CPU)
     assert not (tmp_path / "other").exists()
+
+
+def test_short_books_are_left_out_and_named(prose: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, times in (("a", 1), ("b", 2), ("c", 1), ("d", 2), ("e", 2)):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " + prose[: 3000 * times])
+    options = {"contexts": "1200", "budgets": "128", "segments": 1, "tokens": 2, "books": 2}
+    pg19.main(tmp_path, policies="full", **options, out=tmp_path / "run", **CPU)
+    assert [row["task"] for row in rows_of(tmp_path / "run")] == ["b", "d"]
+    assert "fewer than 1202 tokens are left out: a.txt, c.txt\n" in capsys.readouterr().err
+
+
+def test_tasks_without_data(tmp_path: Path) -> None:
+    """By default those that have theirs are asked; what was named must be there, before a model is looked for."""
+
+    def find(task: str) -> Path:
+        if task != "one":
+            raise ValueError(f"{task} is missing")
+        return tmp_path
+
+    assert with_data(["zero", "one", "two"], find, named=False) == with_data(["one"], find, named=True) == ["one"]
+    assert with_data([], find, named=True) == []
+    for tasks, named in ((["zero", "one"], True), (["zero", "two"], False)):
+        with pytest.raises(typer.BadParameter, match="zero is missing"):
+            with_data(tasks, find, named=named)
+    for main, missing in ((infinitebench, "passkey"), (ruler, "dev-v2")):
+        with pytest.raises(typer.BadParameter, match=missing):
+            main(model="nowhere", data=tmp_path)

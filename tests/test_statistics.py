@@ -118,6 +118,7 @@ def test_cells_have_means_failures_and_the_difference_to_full() -> None:
     assert (small["budget_tokens"], small["score"], small["failed"]) == (256, 0.5, {"too_long": 2})
     # One example has a difference, but no interval.
     assert (small["full"], small["difference"], small["low"], small["high"]) == (1, -0.5, None, None)
+    assert [(cell["paired"], cell["differing"]) for cell in (full, small, large)] == [(2, 0), (1, 1), (2, 2)]
     # What full ran out of memory for is in the score and not in the comparison.
     assert (large["count"], large["paired"], large["score"]) == (3, 2, pytest.approx(1 / 3))
     assert (large["full"], large["difference"], large["low"], large["high"]) == (1, -0.5, -0.5, -0.5)

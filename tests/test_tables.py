@@ -10,7 +10,8 @@ from eval.tables import Entry, by_length, by_task, costs, entry
 
 def cell(**given: Any) -> dict[str, Any]:
     made = {"task": "t", "length": 4096, "policy": "codes", "budget_tokens": 256, "count": 50, "failed": {}}
-    return {**made, "paired": 50, "score": 0.9, "full": 1.0, "difference": -0.1, "low": -0.2, "high": -0.05, **given}
+    made |= {"paired": 50, "differing": 6}
+    return {**made, "score": 0.9, "full": 1.0, "difference": -0.1, "low": -0.2, "high": -0.05, **given}
 
 
 def perplexity(**given: Any) -> dict[str, Any]:
@@ -26,6 +27,7 @@ LOST = {"out_of_memory": 50}
     [
         (cell(), Entry("90.0", "−10.0", "[−20.0, −5.0]", "worse")),
         (cell(difference=0.1, low=0.004, high=0.2), Entry("90.0", "+10.0", "[+0.4, +20.0]", "better")),
+        (cell(differing=5), Entry("90.0", "−10.0", "[−20.0, −5.0]")),
         (cell(high=0.01), Entry("90.0", "−10.0", "[−20.0, +1.0]")),
         (cell(difference=-0.0001, low=-0.0004, high=0.0), Entry("90.0", "0.0", "[0.0, 0.0]")),
         (cell(policy="full", difference=0.0, low=0.0, high=0.0), Entry("90.0")),

@@ -63,6 +63,9 @@ _KINDS = {
 
 TASKS: tuple[str, ...] = tuple(_KINDS)
 
+FILES: tuple[str, ...] = tuple(kind.file for kind in _KINDS.values())
+"""The benchmark's files of these tasks."""
+
 
 def first_number(prediction: str, example: Example) -> float:
     """1 if the first run of the digits 0-9 is the answer."""
@@ -88,13 +91,7 @@ def read(task: str, *, data: Path, count: int | None = None) -> list[Example]:
     Raises ValueError for an unknown task, a missing file (saying which to get, and where) or one that is something
     else, naming file and line.
     """
-    kind = _kind(task)
-    path = data / kind.file
-    if not path.is_file():
-        raise ValueError(
-            f"{task} reads {kind.file}, which is not in {data}; get it from {ADDRESS} and put it into the folder that "
-            "--data names"
-        )
+    kind, path = _kind(task), find(task, data)
     examples: list[Example] = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -106,6 +103,18 @@ def read(task: str, *, data: Path, count: int | None = None) -> list[Example]:
                 draft = _draft(kind, row["context"], row["input"], str(answer))
                 examples.append(_example(task, str(row.get("id", len(examples))), 0, draft))
     return examples
+
+
+def find(task: str, data: Path) -> Path:
+    """The file of a task. Raises ValueError for an unknown task, and where there is no file, saying where to get it."""
+    kind = _kind(task)
+    path = data / kind.file
+    if not path.is_file():
+        raise ValueError(
+            f"{task} reads {kind.file}, which is not in {data}; get it by python -m eval.download infinitebench --to "
+            f"{data}, or put it there from {ADDRESS}"
+        )
+    return path
 
 
 def _row(where: str, line: str) -> dict[str, Any]:

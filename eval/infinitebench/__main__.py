@@ -1,6 +1,7 @@
 """InfiniteBench's retrieval tasks under every policy and budget.
 
 python -m eval.infinitebench --contexts 16384,65536 --policies full,codes,mean
+python -m eval.download infinitebench --to InfiniteBench
 python -m eval.infinitebench --data InfiniteBench --model meta-llama/Llama-3.1-8B-Instruct --budgets 1024
 """
 
@@ -12,7 +13,7 @@ import typer
 
 from eval import arguments
 from eval.examples import Example
-from eval.infinitebench import TASKS, make, read
+from eval.infinitebench import TASKS, find, make, read
 from eval.runner import run, show
 
 
@@ -21,7 +22,7 @@ def main(
     policies: arguments.Policies = "full,codes,moments,mean,window",
     budgets: arguments.Budgets = "256,1024",
     contexts: arguments.Contexts = "4096",
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks.")] = ",".join(TASKS),
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated tasks; default: all that have their data.")] = None,
     cases: arguments.Count = 10,
     data: arguments.Data = None,
     seed: arguments.Seed = 0,
@@ -34,7 +35,10 @@ def main(
     if quick:
         contexts, cases, budgets = "2048", 1, "256"
     lengths = arguments.whole_numbers(contexts, "contexts") if data is None else []
-    chosen = arguments.names(tasks, "tasks", TASKS)
+    chosen = list(TASKS) if tasks is None else arguments.names(tasks, "tasks", TASKS)
+    if data is not None:
+        folder = data
+        chosen = arguments.with_data(chosen, lambda task: find(task, folder), named=tasks is not None)
     lm = arguments.load_model(model, device, dtype)
     asked = arguments.asked_of(lm, policies, budgets)
     examples: list[Example] = []

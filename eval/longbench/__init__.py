@@ -1,10 +1,10 @@
 """LongBench and LongBench-E as examples, made from their own JSONL files; nothing is downloaded, no model is run.
 
-The data (Bai et al., 2023, arXiv:2308.14508) are `data.zip` of the hub's data set THUDM/LongBench. `data` is the
-folder that it was unpacked to, or the `data` folder within: it holds `narrativeqa.jsonl` and so on, and for LongBench-E
-`qasper_e.jsonl` and so on. Where it, or `config` within it, also holds LongBench's `dataset2prompt.json` or
-`dataset2maxlen.json`, these words and lengths are taken instead of ours, as published figures need;
-`Example.extra["wording"]` says which words were used: `longbench` or `own`.
+The data (Bai et al., 2023, arXiv:2308.14508) are `data.zip` of the hub's data set zai-org/LongBench; `eval.download`
+gets them. `data` is the folder that it was unpacked to, or the `data` folder within: it holds `narrativeqa.jsonl` and
+so on, and for LongBench-E `qasper_e.jsonl` and so on. Where it, or `config` within it, also holds LongBench's
+`dataset2prompt.json` or `dataset2maxlen.json`, these words and lengths are taken instead of ours, as published figures
+need; `Example.extra["wording"]` says which words were used: `longbench` or `own`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ TASKS: tuple[str, ...] = tuple(TASK_OF)
 E_TASKS: tuple[str, ...] = tuple(name for name, task in TASK_OF.items() if task.extended)
 """The 13 of LongBench-E."""
 
+FILES: tuple[str, ...] = (*(f"{task}.jsonl" for task in TASKS), *(f"{task}_e.jsonl" for task in E_TASKS))
+"""What its archive holds, each in a folder `data`."""
+
+SETTINGS_FILES: tuple[str, ...] = ("dataset2prompt.json", "dataset2maxlen.json")
+"""Its own prompts and generation lengths, of its repository's `LongBench/config`."""
+
 LENGTH_GROUPS: tuple[str, ...] = ("0-4k", "4-8k", "8k+")
 """What LongBench-E's scores are grouped by: words of text, `Example.extra["length_group"]`."""
 
-_DATA_URL = "https://huggingface.co/datasets/THUDM/LongBench/resolve/main/data.zip"
+_DATA_URL = "https://huggingface.co/datasets/zai-org/LongBench/resolve/main/data.zip"
 _BLANK_LINE = "\n\n"
 
 
@@ -51,8 +57,9 @@ def find_wording(task: str, data: Path) -> Wording:
     a file that is there lacks the task, or has a template that cannot be split.
     """
     ours = TASK_OF[task]
-    template = _setting(data, "dataset2prompt.json", task, str)
-    max_new_tokens = _setting(data, "dataset2maxlen.json", task, int)
+    prompts, lengths = SETTINGS_FILES
+    template = _setting(data, prompts, task, str)
+    max_new_tokens = _setting(data, lengths, task, int)
     if template is not None:
         _check_template(template, task, ours)
     return Wording(
@@ -81,20 +88,11 @@ def make(
     Where the prompt is a user's turn, the blank line between context and question is left to who joins them. Raises
     ValueError for a task or a number that is not allowed, for missing files, and for records that lack something.
     """
-    known = E_TASKS if extended else TASKS
-    if task not in known:
-        raise ValueError(f"task must be one of {', '.join(known)}{' in LongBench-E' * extended}, got {task!r}")
+    path = find(task, data, extended=extended)
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, one for each half, got {max_tokens}; None cuts nothing")
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}; None takes all")
-    name = f"{task}_e" if extended else task
-    path = _find(data, f"{name}.jsonl", "data")
-    if path is None:
-        raise ValueError(
-            f"{name}.jsonl must be in {data} or in {data / 'data'}, and is not; unpack {_DATA_URL} there "
-            "(the hub's data set THUDM/LongBench)"
-        )
     wording = find_wording(task, data)
     records = itertools.islice(_records(path, task, extended), count)
     times_seen: Counter[str] = Counter()
@@ -104,8 +102,25 @@ def make(
         times_seen[record["_id"]] += 1
         times = times_seen[record["_id"]]
         example_id = record["_id"] if times == 1 else f"{record['_id']}-{times}"
-        examples.append(_example(record, name, example_id, TASK_OF[task], wording, tokenizer, max_tokens, extended))
+        examples.append(
+            _example(record, path.stem, example_id, TASK_OF[task], wording, tokenizer, max_tokens, extended)
+        )
     return examples
+
+
+def find(task: str, data: Path, *, extended: bool = False) -> Path:
+    """The file of a task. Raises ValueError for an unknown task, and where there is no file, saying where to get it."""
+    known = E_TASKS if extended else TASKS
+    if task not in known:
+        raise ValueError(f"task must be one of {', '.join(known)}{' in LongBench-E' * extended}, got {task!r}")
+    name = f"{task}_e.jsonl" if extended else f"{task}.jsonl"
+    path = _find(data, name, "data")
+    if path is None:
+        raise ValueError(
+            f"{name} must be in {data} or in {data / 'data'}, and is not; get it by python -m eval.download longbench "
+            f"--to {data}, or unpack {_DATA_URL} there"
+        )
+    return path
 
 
 def cut_middle(

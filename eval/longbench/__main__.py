@@ -1,9 +1,10 @@
 """LongBench's tasks under every policy and budget.
 
-    python -m eval.longbench --data LongBench/data --model meta-llama/Llama-3.1-8B-Instruct --budgets 1024
+    python -m eval.download longbench --to LongBench
+    python -m eval.longbench --data LongBench --model meta-llama/Llama-3.1-8B-Instruct --budgets 1024
 
-`--data` holds LongBench's JSONL files. Its own prompts are taken where `dataset2prompt.json` is beside them, which
-published figures need; else ours, which ask the same.
+`--data` holds LongBench's JSONL files. Its own prompts are taken where `dataset2prompt.json` is beside them, as
+`eval.download` leaves it and published figures need; else ours, which ask the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import typer
 
 from eval import arguments
 from eval.examples import Example
-from eval.longbench import E_TASKS, TASKS, make
+from eval.longbench import E_TASKS, TASKS, find, make
 from eval.runner import run, show
 
 _ROOM_TOKENS = 640
@@ -30,7 +31,7 @@ def main(
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated tasks; default: all that are in the folder.")
     ] = None,
-    extended: Annotated[bool, typer.Option("--e", help="The E split: scores by length.")] = False,
+    extended: Annotated[bool, typer.Option("--e", help="The E split; its report has scores by length.")] = False,
     cases: Annotated[int | None, typer.Option(min=1, help="The first so many of each task; default: all.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=64, help="Longer prompts lose their middle. Default: what the model can see.")
@@ -44,14 +45,8 @@ def main(
     if quick:
         cases, budgets, max_tokens = 1, "256", min(max_tokens or 2048, 2048)
     known = E_TASKS if extended else TASKS
-    if tasks is None:
-        ending = "_e.jsonl" if extended else ".jsonl"
-        folders = (data, data / "data")
-        chosen = [task for task in known if any((folder / f"{task}{ending}").is_file() for folder in folders)] or [
-            known[0]
-        ]
-    else:
-        chosen = arguments.names(tasks, "tasks", known)
+    chosen = list(known) if tasks is None else arguments.names(tasks, "tasks", known)
+    chosen = arguments.with_data(chosen, lambda task: find(task, data, extended=extended), named=tasks is not None)
     lm = arguments.load_model(model, device, dtype)
     asked = arguments.asked_of(lm, policies, budgets)
     if max_tokens is None and lm.max_positions is not None:

@@ -3,7 +3,8 @@
     python -m eval.ruler --contexts 4096,16384 --policies full,codes,mean --budgets 256,1024 --cases 10
     python -m eval.ruler --file niah_single_1/validation.jsonl          files made by RULER's own generator
 
-Questions of `qa_1` and `qa_2` need SQuAD's and HotpotQA's files (`--data`); without, the other eleven tasks are asked.
+Questions of `qa_1` and `qa_2` need SQuAD's and HotpotQA's files (`--data`, which `python -m eval.download ruler --to
+DATA` fills); without, the other eleven tasks are asked.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import typer
 from eval import arguments
 from eval.examples import Example
 from eval.ruler import TASKS, make, read_file
+from eval.ruler.questions import SOURCES, find
 from eval.runner import run, show
-
-_NEED_DATA = ("qa_1", "qa_2")
 
 
 def main(
@@ -43,8 +43,12 @@ def main(
     if quick:
         contexts, cases, budgets = "2048", 1, "256"
     lengths = arguments.whole_numbers(contexts, "contexts")
-    default = [task for task in TASKS if data is not None or task not in _NEED_DATA]
-    chosen = default if tasks is None else arguments.names(tasks, "tasks", TASKS)
+    chosen = list(TASKS) if tasks is None else arguments.names(tasks, "tasks", TASKS)
+    asking = [task for task in chosen if task in SOURCES and not file]
+    there = []
+    if tasks is not None or data is not None:
+        there = arguments.with_data(asking, lambda task: find(task, data), named=tasks is not None)
+    chosen = [task for task in chosen if task not in asking or task in there]
     texts = arguments.load_texts(text)
     lm = arguments.load_model(model, device, dtype)
     asked = arguments.asked_of(lm, policies, budgets, peers)

@@ -47,7 +47,7 @@ def plan(task: str, key: str, index: int, seed: int, data: Path | None) -> Plan:
     Raises ValueError where the set's file is missing or has no such question.
     """
     source = SOURCES[task]
-    path = _find(task, source, data)
+    path = find(task, data)
     questions, paragraphs = _load(path, source.parse)
     if index >= len(questions):
         raise ValueError(f"{path} has {len(questions)} questions, got index {index}; ask for fewer examples")
@@ -82,15 +82,17 @@ def _order(count: int, seed: int) -> list[int]:
     return Random(f"questions/{seed}").sample(range(count), count)
 
 
-def _find(task: str, source: _Source, data: Path | None) -> Path:
+def find(task: str, data: Path | None) -> Path:
+    """The file of a task's questions. Raises ValueError where there is none, saying where to get it."""
+    source = SOURCES[task]
     if data is not None:
         for path in (data / name for name in source.files):
             if path.is_file():
                 return path
-    place = "no folder was given" if data is None else f"{data} has none of them"
+    place = "no folder was given by --data" if data is None else f"{data} has none of them"
     raise ValueError(
-        f"{task} asks questions of {source.name} ({', '.join(source.files)}), but {place}; get {source.files[0]} from "
-        f"{source.address} and put it into the folder that --data names"
+        f"{task} asks questions of {source.name} ({', '.join(source.files)}), but {place}; get {source.files[0]} by "
+        f"python -m eval.download ruler --to {'DATA' if data is None else data}, or put it there from {source.address}"
     )
 
 
@@ -159,7 +161,7 @@ SOURCES: dict[str, _Source] = {
     "qa_2": _Source(
         name="HotpotQA",
         files=("hotpot_dev_distractor_v1.json", "hotpotqa.json"),
-        address="http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
+        address="https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/main/hotpot_dev_distractor_v1.json",
         parse=_parse_hotpotqa,
     ),
 }

@@ -1,0 +1,1 @@
+"""Cross-prompt reuse: what was read for one prompt serves the next, similar one."""

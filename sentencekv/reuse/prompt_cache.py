@@ -1,0 +1,460 @@
+"""Reading with a cache of prompts: what a new prompt shares with a cached one is not computed again.
+
+In this order: the same prompt; the longest prefix of a cached one; and, if asked for, equal runs wherever they stand.
+What is the cheapest wins, if it saves enough. Prompts that were read exactly are cached for all others of their
+namespace; approximate ones for themselves alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sentencekv.attention import UnsupportedModelError, text_config
+from sentencekv.config import Config
+from sentencekv.fused import FusedLayers
+from sentencekv.memory import HostMemory
+from sentencekv.prompts import Prompt
+from sentencekv.reading import Progress, read
+from sentencekv.reuse.catalog import Catalog, EntryGoneError, Payload, Record
+from sentencekv.reuse.edit import CachedPrompt, derived, rebased
+from sentencekv.reuse.index import shared_prefix
+from sentencekv.reuse.kept import Kept, StateRows
+from sentencekv.reuse.match import Alignment, FuzzyOptions, Match, align
+from sentencekv.reuse.recompute import Plan, Rebuilt, Recompute, plan, rebuild
+from sentencekv.reuse.report import Reuse
+from sentencekv.rope import Rotation, rotations
+from sentencekv.session import Session
+
+DEFAULT_NAMESPACE = "default"
+_CANDIDATES = 3
+"""Cached prompts that a new one is aligned with, the likeliest ones."""
+_LEAST_SHARED = 64
+"""Tokens of a beginning that are worth sharing."""
+_EMBEDDED_AT_ONCE = 4096
+_PARENT_SHARE = 0.25
+"""Of its rows that an exact prompt has to have from another to be kept as an edit of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReuseOptions(Recompute):
+    """How a prompt is read with the help of a similar one. Raises ValueError on a bad value."""
+
+    fuzzy: bool = False
+    """Reuse KV of similar tokens where no equal ones are (SemShareKV). Names and numbers are near neighbours, so an
+    answer may then be the cached prompt's."""
+
+    min_gain: float = 0.2
+    """Share of the tokens to compute that reuse has to save; else the prompt is read as if there were no cache."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fuzzy and self.retention == 1:
+            raise ValueError(
+                "fuzzy matches save what is not computed of them at later layers, and retention=1 computes all; give "
+                "retention below 1, such as 0.1"
+            )
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"min_gain must be at least 0 and below 1, got {self.min_gain}")
+
+
+def make_reuse_options(given: Mapping[str, Any]) -> ReuseOptions:
+    """Options from keywords. Raises TypeError for an unknown one, by name; ValueError for a bad value."""
+    known = [field.name for field in dataclasses.fields(ReuseOptions)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"unknown reuse option {name!r}; there are: {', '.join(known)}")
+    return ReuseOptions(**given)
+
+
+class Reading(NamedTuple):
+    """A prompt that was read."""
+
+    session: Session
+    logits_V: Tensor
+    """Float32, of the last token."""
+    finish: Callable[[float], Reuse]
+    """Caches the prompt, if that helps others, and says what was reused. Called once, after the answer, with the
+    seconds
+    that reading took: what it costs is not part of them."""
+
+
+class _Found(NamedTuple):
+    record: Record
+    alignment: Alignment
+    planned: Plan
+    cost: int
+
+
+class PromptCache:
+    """Cached prompts of one model under one configuration. Not thread-safe.
+
+    Raises ImportError without faiss; UnsupportedModelError for a model whose layers have sliding windows, or, for
+    `similar`, whose keys cannot be moved.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: FusedLayers,
+        config: Config,
+        memory: HostMemory,
+        new_session: Callable[[], Session],
+        *,
+        owner: str,
+        chunk_tokens: int,
+        embed: Callable[[str], Sequence[float]] | None = None,
+    ) -> None:
+        """
+        Args:
+            owner: what tells apart the models and settings whose KV means the same.
+            chunk_tokens: of one forward pass.
+            embed: a text to the numbers by which similar prompts are found; None: the mean of the model's own
+                embeddings of its tokens.
+        """
+        kinds = getattr(text_config(model), "layer_types", None) or ()
+        if "sliding_attention" in kinds or getattr(text_config(model), "sliding_window", None):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has sliding-window layers, whose KV before the window is not kept; use "
+                "reuse='off', or append to a Document"
+            )
+        self.options = make_reuse_options(config.reuse_options)
+        self._model, self._layers, self._config, self._memory = model, layers, config, memory
+        self._new_session, self._chunk_tokens, self._embed = new_session, chunk_tokens, embed
+        self._rotations: dict[int, Rotation] | None = rotations(model) if config.reuse == "similar" else None
+        embedding: Any = model.get_input_embeddings()
+        self._embedding_VE: Tensor = embedding.weight
+        self._seconds_per_token: float | None = None
+        limit = config.reuse_bytes
+        if limit is None:
+            limit = memory.room_bytes // 2
+        self.catalog = Catalog(
+            Path(config.reuse_folder) if config.reuse_folder is not None else None,
+            owner=owner,
+            load=self._load,
+            limit_bytes=limit,
+            embedding_size=self._embedding_VE.shape[1] if embed is None else len(embed("size")),
+        )
+        memory.on_shortage(self.catalog.make_room)
+
+    def close(self) -> None:
+        """Write what is to be kept, and let go of all memory."""
+        self.catalog.close()
+
+    def _load(self, path: Path, record: Record, parent: Payload | None) -> Payload:
+        assert parent is None or isinstance(parent, CachedPrompt)
+        return CachedPrompt.load(path, parent, self._memory)
+
+    def read(self, prompt: Prompt, namespace: str, progress: Progress | None = None) -> Reading:
+        """Read a prompt, with the help of what is cached in its namespace."""
+        started_at = time.perf_counter()
+        same = self.catalog.same(namespace, prompt.token_ids)
+        if same is not None and (self._rotations is not None or not same.approximate):
+            with contextlib.suppress(EntryGoneError):
+                return self._reopen(prompt, same, started_at)
+        embedding = self._embedding(prompt)
+        found, reason = self._find(prompt, namespace, embedding)
+        seconds = time.perf_counter() - started_at
+        if found is not None:
+            try:
+                return self._rebuild(prompt, namespace, embedding, found, reason, seconds)
+            except EntryGoneError as error:
+                reason = str(error)
+        return self._read_all(prompt, namespace, embedding, reason, seconds, progress)
+
+    def _read_all(
+        self,
+        prompt: Prompt,
+        namespace: str,
+        embedding: np.ndarray,
+        reason: str,
+        seconds_to_find: float,
+        progress: Progress | None,
+    ) -> Reading:
+        session, num_tokens = self._new_session(), len(prompt.token_ids)
+        with self._layers.active():
+            logits_V = read(self._model, [session], [prompt], chunk_tokens=self._chunk_tokens, progress=progress)[0]
+
+        def finish(seconds_to_read: float) -> Reuse:
+            self._seconds_per_token = (seconds_to_read - seconds_to_find) / num_tokens
+            self._keep(prompt, namespace, embedding, session, logits_V)
+            num_layers = len(session.state().recent)
+            return self._report(
+                prompt, "none", reason, seconds_to_find, seconds_to_read, computed_by_layer=(num_tokens,) * num_layers
+            )
+
+        return Reading(session, logits_V, finish)
+
+    def _reopen(self, prompt: Prompt, record: Record, started_at: float) -> Reading:
+        """All of a prompt's KV from the cache, and its last logits."""
+        num_tokens = len(prompt.token_ids)
+        nothing = np.zeros(num_tokens, bool)
+        planned = Plan(np.arange(num_tokens), nothing, nothing, nothing)
+        seconds_to_find = time.perf_counter() - started_at
+        with self._held(record) as cached:
+            session, _ = self._restore(prompt, cached, planned, num_tokens)
+            logits_V = cached.logits_V.to(session.device)
+            num_layers = len(cached.rows.layers)
+
+        def finish(seconds_to_read: float) -> Reuse:
+            return self._report(
+                prompt,
+                "same",
+                "",
+                seconds_to_find,
+                seconds_to_read,
+                record=record,
+                approximate=record.approximate,
+                prefix_tokens=num_tokens,
+                computed_by_layer=(0,) * num_layers,
+            )
+
+        return Reading(session, logits_V, finish)
+
+    def _rebuild(
+        self,
+        prompt: Prompt,
+        namespace: str,
+        embedding: np.ndarray,
+        found: _Found,
+        reason: str,
+        seconds_to_find: float,
+    ) -> Reading:
+        """Some of a prompt's KV from the cache, the rest computed."""
+        record, alignment, planned, _ = found
+        approximate = any(match.kind != "prefix" for match in alignment.matches)
+        with self._held(record) as cached:
+            session, rebuilt = self._restore(prompt, cached, planned, alignment.num_prefix)
+        logits_V = rebuilt.logits_V
+        assert logits_V is not None
+
+        def finish(seconds_to_read: float) -> Reuse:
+            computed_of_layer = {layer: at.cpu().numpy() for layer, at in rebuilt.computed_of_layer.items()}
+            if approximate:
+                self._keep_edit(prompt, namespace, embedding, session, logits_V, record, planned, computed_of_layer)
+            else:
+                self._keep(prompt, namespace, embedding, session, logits_V, record, alignment.num_prefix)
+            first_layer = computed_of_layer[min(computed_of_layer)]
+            num_again = int(np.count_nonzero(planned.source_T[first_layer] >= 0))
+            return self._report(
+                prompt,
+                "similar" if approximate else "prefix",
+                reason,
+                seconds_to_find,
+                seconds_to_read,
+                record=record,
+                approximate=approximate,
+                prefix_tokens=alignment.num_prefix,
+                kept_tokens=alignment.num_kept,
+                moved_tokens=alignment.num_moved,
+                fuzzy_tokens=alignment.num_fuzzy,
+                recomputed_tokens=num_again,
+                new_tokens=alignment.num_new,
+                computed_by_layer=tuple(len(computed_of_layer[layer]) for layer in sorted(computed_of_layer)),
+                error=rebuilt.error,
+            )
+
+        return Reading(session, logits_V, finish)
+
+    def _restore(self, prompt: Prompt, cached: CachedPrompt, planned: Plan, num_prefix: int) -> tuple[Session, Rebuilt]:
+        """A session with all of a prompt, from what is cached and what is computed."""
+        session = self._new_session()
+        kept = cached.kept
+        if kept is not None and num_prefix >= _LEAST_SHARED:
+            reach = kept.reach(num_prefix, self._config.window_tokens)
+            if reach:
+                state = kept.upto(reach, session.device)
+                session = Session.from_state(session.config, session.policy, session.memory, session.device, state)
+        rebuilt = rebuild(
+            self._model,
+            self._layers,
+            session,
+            prompt.token_ids,
+            prompt.ends,
+            planned,
+            cached.rows,
+            self._rotations,
+            self.options,
+            chunk_tokens=self._chunk_tokens,
+        )
+        return session, rebuilt
+
+    @contextlib.contextmanager
+    def _held(self, record: Record) -> Iterator[CachedPrompt]:
+        with self.catalog.held(record) as payload:
+            assert isinstance(payload, CachedPrompt)
+            payload.key = record.key
+            yield payload
+
+    def _find(self, prompt: Prompt, namespace: str, embedding: np.ndarray) -> tuple[_Found | None, str]:
+        """The cached prompt that leaves least to compute; or why there is none."""
+        num_tokens = len(prompt.token_ids)
+        ids = np.asarray(prompt.token_ids)
+        exact: _Found | None = None
+        similar: _Found | None = None
+        for record in self.catalog.donors(namespace, ids, embedding, _CANDIDATES):
+            alignment = self._align(record, ids, prompt.ends)
+            prefix = dataclasses.replace(
+                alignment, matches=tuple(match for match in alignment.matches if match.kind == "prefix")
+            )
+            each = self._found(record, prefix)
+            if exact is None or each.cost < exact.cost:
+                exact = each
+            if self._config.reuse == "similar" and len(alignment.matches) > len(prefix.matches):
+                each = self._found(record, alignment)
+                if similar is None or each.cost < similar.cost:
+                    similar = each
+        if exact is None:
+            return None, "nothing like it is cached"
+        enough = 1 - self.options.min_gain
+        if similar is not None and similar.cost <= enough * min(exact.cost, num_tokens):
+            return similar, ""
+        if exact.cost <= enough * num_tokens:
+            return exact, "" if similar is None else "moving runs would save too little beside the shared beginning"
+        best = min(exact.cost, similar.cost if similar is not None else exact.cost)
+        return None, (
+            f"{best:,} of {num_tokens:,} tokens would be computed anyway, and reuse has to save "
+            f"{self.options.min_gain:.0%} (min_gain)"
+        )
+
+    def _align(self, record: Record, ids: np.ndarray, ends: Sequence[int]) -> Alignment:
+        if self._config.reuse == "exact":
+            shared = shared_prefix(record.token_ids, ids)
+            matches = (Match(0, 0, shared, "prefix"),) if shared else ()
+            return Alignment(len(record.token_ids), len(ids), matches)
+        fuzzy = FuzzyOptions() if self.options.fuzzy else None
+        return align(
+            record.token_ids, ids, donor_ends=record.ends, ends=ends, fuzzy=fuzzy, embedding_VE=self._embedding_VE
+        )
+
+    def _found(self, record: Record, alignment: Alignment) -> _Found:
+        planned = plan(alignment, self.options)
+        cost = planned.cost(self.options, text_config(self._model).num_hidden_layers)
+        return _Found(record, alignment, planned, round(cost))
+
+    def _embedding(self, prompt: Prompt) -> np.ndarray:
+        if self._embed is not None:
+            return np.asarray(self._embed(prompt.text), dtype=np.float32)
+        ids = torch.tensor(prompt.token_ids, device=self._embedding_VE.device)
+        total_E = sum(self._embedding_VE[part].sum(0, dtype=torch.float32) for part in ids.split(_EMBEDDED_AT_ONCE))
+        assert isinstance(total_E, Tensor)
+        return total_E.detach().cpu().numpy() / len(ids)
+
+    def _keep(
+        self,
+        prompt: Prompt,
+        namespace: str,
+        embedding: np.ndarray,
+        session: Session,
+        logits_V: Tensor,
+        donor: Record | None = None,
+        num_prefix: int = 0,
+    ) -> None:
+        """Cache a prompt that was read exactly, for all that come."""
+        num_tokens = len(prompt.token_ids)
+        if num_tokens < _LEAST_SHARED or self._is_cached(prompt, namespace, approximate=False):
+            return
+        with self._parent_of(donor if num_prefix >= _PARENT_SHARE * num_tokens else None) as parent:
+            kept = Kept(session.state(), num_tokens, self._memory)
+            sources: dict[int, np.ndarray] = {}
+            if parent is not None:
+                token_T = np.arange(num_tokens)
+                shared_T = np.where(token_T < num_prefix, token_T, -1)
+                sources, parent = rebased(dict.fromkeys(kept.rows.layers, shared_T), parent)
+            cached = CachedPrompt(kept.rows, logits_V.cpu(), kept=kept, parent=parent, source_of_layer=sources)
+            self._add(prompt, namespace, embedding, cached, approximate=False)
+
+    def _keep_edit(
+        self,
+        prompt: Prompt,
+        namespace: str,
+        embedding: np.ndarray,
+        session: Session,
+        logits_V: Tensor,
+        donor: Record,
+        planned: Plan,
+        computed_of_layer: Mapping[int, np.ndarray],
+    ) -> None:
+        """Cache an approximation, for this prompt alone, as an edit of the one that it was made from."""
+        if self._is_cached(prompt, namespace, approximate=True):
+            return
+        with self._parent_of(donor) as parent:
+            if parent is None:
+                return  # it has left meanwhile, and what is derived from it means nothing
+            state, sources = session.state(), {}
+            for extent in state.extents:
+                extent.flush()
+            for layer, token_L in computed_of_layer.items():
+                sources[layer] = planned.source_T.copy()
+                sources[layer][token_L] = -1
+            rows = StateRows(state, state.extents, len(prompt.token_ids))
+            cached = derived(rows, sources, parent, logits_V.cpu(), self._memory)
+            self._add(prompt, namespace, embedding, cached, approximate=True)
+
+    @contextlib.contextmanager
+    def _parent_of(self, record: Record | None) -> Iterator[CachedPrompt | None]:
+        if record is None:
+            yield None
+            return
+        with contextlib.ExitStack() as stack:
+            parent = None
+            with contextlib.suppress(EntryGoneError):
+                parent = stack.enter_context(self._held(record))
+            yield parent
+
+    def _is_cached(self, prompt: Prompt, namespace: str, *, approximate: bool) -> bool:
+        return self.catalog.has(namespace, prompt.token_ids, approximate=approximate)
+
+    def _add(
+        self, prompt: Prompt, namespace: str, embedding: np.ndarray, cached: CachedPrompt, *, approximate: bool
+    ) -> None:
+        key = cached.parent.key if cached.parent is not None else None
+        record = self.catalog.add(
+            namespace, prompt.token_ids, prompt.ends, cached, embedding, approximate=approximate, parent=key
+        )
+        if record is None:
+            cached.drop()
+        else:
+            cached.key = record.key
+
+    def _report(
+        self,
+        prompt: Prompt,
+        kind: Literal["none", "same", "prefix", "similar"],
+        reason: str,
+        seconds_to_find: float,
+        seconds_to_read: float,
+        *,
+        record: Record | None = None,
+        approximate: bool = False,
+        error: Tensor | None = None,
+        **tokens: Any,
+    ) -> Reuse:
+        num_tokens = len(prompt.token_ids)
+        rate = self._seconds_per_token
+        counts = dict.fromkeys(
+            ("prefix_tokens", "kept_tokens", "moved_tokens", "fuzzy_tokens", "recomputed_tokens", "new_tokens"), 0
+        )
+        if kind == "none":
+            counts["new_tokens"] = num_tokens
+        return Reuse(
+            kind=kind,
+            approximate=approximate,
+            reason=reason,
+            donor=record.key if record is not None else None,
+            prompt_tokens=num_tokens,
+            seconds_to_find=seconds_to_find,
+            seconds_to_read=seconds_to_read,
+            seconds_saved=None if rate is None or kind == "none" else rate * num_tokens - seconds_to_read,
+            estimated_error=0.0 if not approximate else None if error is None else float(error),
+            **{**counts, **tokens},
+        )

@@ -1,0 +1,417 @@
+"""Partial prefill: a prompt's KV from a cached prompt's rows, with some tokens computed anew, layer by layer.
+
+What is computed: tokens that the cached prompt does not have, the first tokens of each run that comes after something
+else than before (EPIC: Hu et al., 2024, arXiv:2410.15332), the last token, and, if asked for, a share of the others
+that a score chooses at an early layer (CacheBlend: Yao et al., 2024, arXiv:2405.16444). Computed tokens attend to all
+tokens before them by position, whatever is computed of these. Sets are nested: what is dropped at one layer is not
+computed at later ones.
+
+Knows the model, sessions and rows; nothing of how a cached prompt was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sentencekv.attention import dropping_rows, run_model
+from sentencekv.fused import FusedLayers
+from sentencekv.reuse.match import Alignment
+from sentencekv.reuse.rows import Mover, Rows
+from sentencekv.rope import Rotation
+from sentencekv.session import Session
+from sentencekv.transfer import to_device
+
+Score = Literal["value_deviation", "key_deviation", "attention_deviation", "query_attention", "random"]
+SCORES: tuple[Score, ...] = (
+    "value_deviation",
+    "key_deviation",
+    "attention_deviation",
+    "query_attention",
+    "random",
+)
+_ASKING_TOKENS = 32
+"""Last tokens of a prompt, whose attention says which tokens matter."""
+_CHUNK_TOKENS = 65536
+"""Tokens whose KV is on the device together, one layer at a time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Which of the tokens that a cached prompt has are computed anew. Raises ValueError on a bad value."""
+
+    first_tokens: int = 16
+    """Of each run that does not begin the prompt: what they attend to is what changed most."""
+
+    ratio: float = 0.0
+    """Share of the other reused tokens that is computed as well, chosen by `score`."""
+
+    target_error: float | None = None
+    """In place of a ratio: as many as bring the mean relative error of the others, at `check_layer`, below this."""
+
+    score: Score = "value_deviation"
+    """`value_deviation`, `key_deviation`: how far a token's value or key is from the cached one (CacheBlend's choice is
+    the first); `attention_deviation`: that of values times the attention which the prompt's last tokens pay it;
+    `query_attention`: that attention alone; `random`: a control."""
+
+    check_layer: int = 1
+    """Where deviations are measured, from tokens that are all computed up to there. Those of layer 0 know nothing of
+    what stands before a token, so the first that can differ is 1."""
+
+    retention: float = 1.0
+    """Share of the tokens chosen by score, and of fuzzy matches, that is still computed at the last layer; it shrinks
+    exponentially with depth (SemShareKV: Zhao and Mastorakis, 2025, arXiv:2509.24832). 1: all."""
+
+    rotate: bool = True
+    """Turn keys to their new positions; False is a control: what splicing caches naively does."""
+
+    seed: int = 0
+    """Of `random`."""
+
+    def __post_init__(self) -> None:
+        if self.first_tokens < 0 or self.check_layer < 0:
+            raise ValueError(
+                f"first_tokens and check_layer must be at least 0, got {self.first_tokens} and {self.check_layer}"
+            )
+        if not 0 <= self.ratio <= 1 or not 0 < self.retention <= 1:
+            raise ValueError(
+                f"ratio must be from 0 to 1 and retention above 0 and at most 1, got {self.ratio} and {self.retention}"
+            )
+        if self.target_error is not None and not self.target_error > 0:
+            raise ValueError(f"target_error must be positive, got {self.target_error}")
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {self.score!r}")
+        if self.target_error is not None and self.score not in ("value_deviation", "key_deviation"):
+            raise ValueError("target_error needs a score that measures an error: value_deviation or key_deviation")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether tokens are chosen by what is computed of them."""
+        return self.score != "random" and (self.ratio > 0 or self.target_error is not None)
+
+
+class Rebuilt(NamedTuple):
+    """What a partial prefill gave, beside the session."""
+
+    logits_V: Tensor | None
+    """Float32, of the last token; None if it was not computed."""
+    computed_of_layer: dict[int, Tensor]
+    """Positions of the tokens that were computed at each layer, int64 on the device, rising."""
+    error: Tensor | None
+    """Float32 scalar on the device: mean over layers of the relative error that cached values had at tokens that were
+    computed anew; None if there was none of these."""
+
+
+class Plan(NamedTuple):
+    """What is to be computed of a prompt, as masks over its tokens."""
+
+    source_T: np.ndarray
+    """Each token's token in the cached prompt; -1: none."""
+    computed_T: np.ndarray
+    """Computed at every layer."""
+    optional_T: np.ndarray
+    """May be computed, as scores say: reused, and not at the beginning that both prompts share."""
+    fuzzy_T: np.ndarray
+    """Have rows of other, similar tokens: computed at early layers, and at fewer and fewer of the later ones."""
+
+    def starts_T(self, options: Recompute) -> np.ndarray:
+        """Those that are computed at the first layer."""
+        started_T = self.computed_T | self.fuzzy_T
+        return started_T | self.optional_T if options.chooses else started_T
+
+    def cost(self, options: Recompute, num_layers: int) -> float:
+        """About how many tokens would cost as much if they were computed at every layer."""
+        shrinking = options.retention
+        mean = 1.0 if shrinking == 1.0 else (shrinking - 1) / math.log(shrinking)
+        early = min((options.check_layer + 1) / num_layers, 1.0)
+        chosen = (0.5 if options.target_error is not None else options.ratio) if options.chooses else 0.0
+        cost = float(self.computed_T.sum()) + float(self.fuzzy_T.sum()) * (early + (1 - early) * mean)
+        if options.chooses:
+            cost += float(self.optional_T.sum()) * (early + (1 - early) * mean * chosen)
+        return cost
+
+
+def plan(alignment: Alignment, options: Recompute) -> Plan:
+    """What an alignment leaves to compute."""
+    source_T = alignment.source_T()
+    computed_T = source_T < 0
+    optional_T, fuzzy_T = np.zeros_like(computed_T), np.zeros_like(computed_T)
+    for match in alignment.matches:
+        rows = slice(match.start, match.start + match.length)
+        if match.kind == "fuzzy":
+            fuzzy_T[rows] = True
+        elif match.kind == "exact":
+            optional_T[rows] = True
+            computed_T[rows][: options.first_tokens] = True
+    computed_T[-1] = True
+    optional_T &= ~computed_T
+    fuzzy_T &= ~computed_T
+    if options.score == "random" and options.ratio:
+        choices = np.flatnonzero(optional_T)
+        count = round(options.ratio * len(choices))
+        computed_T[np.random.default_rng(options.seed).choice(choices, count, replace=False)] = True
+        optional_T &= ~computed_T
+    return Plan(source_T, computed_T, optional_T, fuzzy_T)
+
+
+@torch.inference_mode()
+def rebuild(
+    model: PreTrainedModel,
+    layers: FusedLayers,
+    session: Session,
+    token_ids: Sequence[int],
+    ends: Sequence[int],
+    planned: Plan,
+    rows: Rows,
+    rotations: Mapping[int, Rotation] | None,
+    options: Recompute,
+    *,
+    chunk_tokens: int,
+) -> Rebuilt:
+    """Append to a session the rest of a prompt that it has read the beginning of.
+
+    Args:
+        token_ids, ends: of the whole prompt; the session has `session.num_tokens` of them.
+        rows: of the cached prompt that `planned` refers to.
+        rotations: how keys turn; None: no token of the rest stands elsewhere than in the cached prompt.
+        chunk_tokens: computed tokens of one forward pass, about.
+    """
+    first, total = session.num_tokens, len(token_ids)
+    session.expect([end for end in ends if end > session.last_expected_end])
+    starts_T = planned.starts_T(options)
+    drops = bool((starts_T & ~planned.computed_T).any())
+    computed: dict[int, list[Tensor]] = {layer: [] for layer in rows.layers}
+    errors: list[Tensor] = []
+    logits_V: Tensor | None = None
+    turning = rotations if options.rotate else None
+    for start, stop in _chunks(starts_T, first, chunk_tokens):
+        mover = Mover(rows, planned.source_T[start:stop], start, turning, session.device)
+        part = _Part(session, planned, starts_T, start, stop, mover, options, rows.layers)
+        session.begin(stop - start, exact=True, expected_tokens=total - start)
+        if len(part.started):
+            ids_L = to_device([token_ids[at] for at in part.started.tolist()], session.device)
+            dropping = dropping_rows(model, part.kept_by) if drops else contextlib.nullcontext()
+            with layers.active(), dropping:
+                position_L = to_device(part.started, session.device)
+                logits_V = run_model(model, ids_L, position_L, part, keep=1)[-1]
+        else:
+            part.append_all()
+        session.end()
+        for layer, position_L in part.computed_of_layer.items():
+            computed[layer].append(position_L)
+        errors += part.errors
+    session.end_reading()
+    return Rebuilt(
+        logits_V,
+        {layer: torch.cat(parts) for layer, parts in computed.items()},
+        torch.stack(errors).mean() if errors else None,
+    )
+
+
+def _chunks(starts_T: np.ndarray, first: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Ranges from `first` on, each with about so many tokens to start with."""
+    total = len(starts_T)
+    chunks, start = [], first
+    while start < total:
+        stop = min(start + _CHUNK_TOKENS, total)
+        at = np.flatnonzero(starts_T[start:stop])
+        if len(at) > chunk_tokens:
+            stop = start + int(at[chunk_tokens])
+        chunks.append((start, stop))
+        start = stop
+    return chunks
+
+
+class _Part:
+    """Some of a prompt's tokens that follow one another, on their way through the layers: what the model's attention
+    function hands queries, keys and values of the computed ones to."""
+
+    def __init__(
+        self,
+        session: Session,
+        planned: Plan,
+        starts_T: np.ndarray,
+        start: int,
+        stop: int,
+        mover: Mover,
+        options: Recompute,
+        layers: Sequence[int],
+    ) -> None:
+        device = session.device
+        self.started = torch.from_numpy(np.flatnonzero(starts_T[start:stop]) + start)
+        """Positions of the tokens that are computed at the first layer, int64."""
+        self.computed_of_layer: dict[int, Tensor] = {}
+        self.errors: list[Tensor] = []
+        self._session, self._mover, self._options = session, mover, options
+        self._start, self._num_rows = start, stop - start
+        self._layers = list(layers)
+        at = self.started.numpy()
+        self._row_L = to_device(self.started - start, device)
+        """Of the part's tokens, those that are computed from here on."""
+        # Tokens that must be computed come out on top of any choice among all.
+        self._must_L = to_device(torch.from_numpy(planned.computed_T[at]), device, torch.bool)
+        reused_L = planned.source_T[at] >= 0
+        self._reused_L = to_device(torch.from_numpy(reused_L), device, torch.bool) if reused_L.any() else None
+        self._num_must = int(planned.computed_T[at].sum())
+        num_fuzzy = int(planned.fuzzy_T[at].sum())
+        self._num_optional = len(at) - self._num_must - num_fuzzy
+        self._num_chosen = round(options.ratio * self._num_optional) + num_fuzzy
+        self._kept_L: Tensor | None = None
+        """Of the rows of the layer that ran last, those that go on."""
+        self._ahead = _Ahead(mover, self._layers, device) if device.type == "cuda" else None
+
+    def attend(
+        self,
+        layer: int,
+        q_ALH: Tensor,
+        k_NLH: Tensor,
+        v_NLH: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention output `[A, L, H]` of the computed tokens; the session gets the KV of all."""
+        assert sliding_window is None, "rows of sliding-window layers are not kept"
+        new_NLH = torch.stack([k_NLH, v_NLH], dim=2)
+        kv_NTH = self._moved(layer)
+        cached_NLH = kv_NTH[:, self._row_L] if self._reused_L is not None else None
+        kv_NTH.index_copy_(1, self._row_L, new_NLH)
+        position_L = self._row_L.to(torch.int32)
+        output_ALH = self._session.attend_some(layer, q_ALH, kv_NTH, position_L, scale=scale, softcap=softcap)
+        self.computed_of_layer[layer] = self._row_L + self._start
+        if cached_NLH is not None:
+            self._look_at(layer, q_ALH, new_NLH, cached_NLH, kv_NTH, scale)
+        if self._ahead is not None:
+            self._ahead.done(layer)
+        return output_ALH
+
+    def append_all(self) -> None:
+        """Give the session the KV of all tokens, none of which is computed."""
+        for layer in self._layers:
+            kv_NTH = self._moved(layer)
+            self._session.append_context(layer, kv_NTH)
+            self.computed_of_layer[layer] = self._row_L
+            if self._ahead is not None:
+                self._ahead.done(layer)
+
+    def _moved(self, layer: int) -> Tensor:
+        """Rows of one layer, `[N, T, 2, H]`; those without a source are not written."""
+        if self._ahead is not None:
+            return self._ahead.take(layer, self._num_rows)
+        kv_NTH = self._mover.new(layer, self._num_rows)
+        self._mover.into(layer, kv_NTH)
+        return kv_NTH
+
+    def kept_by(self, layer: int) -> Tensor | None:
+        """As `dropping_rows` asks: the rows that go on to this layer."""
+        kept_L, self._kept_L = self._kept_L, None
+        return kept_L
+
+    def _look_at(
+        self, layer: int, q_ALH: Tensor, new_NLH: Tensor, cached_NLH: Tensor, kv_NTH: Tensor, scale: float
+    ) -> None:
+        """Measure how far cached rows are from computed ones, and choose who goes on."""
+        difference_NLH = (new_NLH - cached_NLH).float()
+        assert self._reused_L is not None
+        squares_L2 = difference_NLH.square().sum((0, 3))
+        norms_L2 = new_NLH.float().square().sum((0, 3))
+        # Rows that have no source hold anything.
+        squares_L2, norms_L2 = (each.where(self._reused_L[:, None], 0.0) for each in (squares_L2, norms_L2))
+        if layer > 0:
+            self.errors.append((squares_L2.sum() / norms_L2.sum().clamp_min(1e-30)).sqrt())
+        at = self._layers.index(layer)
+        if layer != self._layers[-1] and at >= self._options.check_layer and len(self._must_L) > self._num_must:
+            self._drop(at, q_ALH, squares_L2, norms_L2, kv_NTH, scale)
+
+    def _drop(self, at: int, q_ALH: Tensor, squares_L2: Tensor, norms_L2: Tensor, kv_NTH: Tensor, scale: float) -> None:
+        options = self._options
+        score_L = self._scores(q_ALH, squares_L2, kv_NTH, scale).masked_fill(self._must_L, torch.inf)
+        if at == options.check_layer and options.target_error is not None:
+            self._num_chosen = self._enough(score_L, squares_L2, norms_L2)
+        depth = (at - options.check_layer) / max(len(self._layers) - 2 - options.check_layer, 1)
+        count = self._num_must + round(self._num_chosen * options.retention**depth)
+        if count >= len(score_L):
+            return
+        kept_L = score_L.topk(count, sorted=False).indices.sort().values
+        self._kept_L = kept_L
+        self._row_L, self._must_L = self._row_L[kept_L], self._must_L[kept_L]
+        assert self._reused_L is not None
+        self._reused_L = self._reused_L[kept_L]
+
+    def _scores(self, q_ALH: Tensor, squares_L2: Tensor, kv_NTH: Tensor, scale: float) -> Tensor:
+        score = self._options.score
+        if score == "key_deviation":
+            return squares_L2[:, 0]
+        if score in ("value_deviation", "random"):
+            return squares_L2[:, 1]
+        attention_L = self._asked(q_ALH, kv_NTH, scale)
+        return attention_L if score == "query_attention" else attention_L * squares_L2[:, 1].sqrt()
+
+    def _asked(self, q_ALH: Tensor, kv_NTH: Tensor, scale: float) -> Tensor:
+        """Attention `[L]` that the last computed tokens pay each of the computed ones, within the part."""
+        num_asking = min(_ASKING_TOKENS, q_ALH.shape[1])
+        group = q_ALH.shape[0] // kv_NTH.shape[0]
+        key_ATH = kv_NTH[:, :, 0].repeat_interleave(group, dim=0).float()
+        logit_ALT = q_ALH[:, -num_asking:].float() @ key_ATH.transpose(1, 2) * scale
+        seen_LT = torch.arange(self._num_rows, device=q_ALH.device) <= self._row_L[-num_asking:, None]
+        weight_T = logit_ALT.masked_fill(~seen_LT, -torch.inf).softmax(-1).sum((0, 1))
+        return weight_T[self._row_L]
+
+    def _enough(self, score_L: Tensor, squares_L2: Tensor, norms_L2: Tensor) -> int:
+        """How many of the optional tokens to compute, so that those left have a mean error below the target."""
+        side = 0 if self._options.score == "key_deviation" else 1
+        error_L = (squares_L2[:, side] / norms_L2[:, side].clamp_min(1e-30)).sqrt()
+        num_choices = len(score_L) - self._num_must
+        order_L = score_L.argsort()[:num_choices]  # the least first, those that must be computed left out
+        mean_L = error_L[order_L].cumsum(0) / torch.arange(1, num_choices + 1, device=order_L.device)
+        assert self._options.target_error is not None
+        return num_choices - int((mean_L < self._options.target_error).sum())
+
+
+class _Ahead:
+    """Rows of the next layer come from host memory, on a stream of their own, while one layer is computed."""
+
+    def __init__(self, mover: Mover, layers: Sequence[int], device: torch.device) -> None:
+        self._mover, self._layers, self._device = mover, list(layers), device
+        self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._buffers: list[Tensor] = []
+        self._filled = [torch.cuda.Event(), torch.cuda.Event()]
+        self._used = [torch.cuda.Event(), torch.cuda.Event()]
+        self._next = 0
+
+    def take(self, layer: int, num_rows: int) -> Tensor:
+        """The rows of a layer, `[N, T, 2, H]`; valid until `done`. Layers are taken in order."""
+        compute = torch.cuda.current_stream(self._device)
+        at = self._layers.index(layer)
+        if not self._buffers:
+            self._buffers = [self._mover.new(layer, num_rows) for _ in self._used]
+            for buffer, used in zip(self._buffers, self._used, strict=True):
+                buffer.record_stream(self._stream)
+                used.record(compute)  # the memory may have been another tensor's a moment ago
+        self._move_up_to(at)
+        compute.wait_event(self._filled[at % 2])
+        return self._buffers[at % 2]
+
+    def done(self, layer: int) -> None:
+        """What reads the rows of a layer is launched."""
+        at = self._layers.index(layer)
+        self._used[at % 2].record(torch.cuda.current_stream(self._device))
+        self._move_up_to(at + 1)
+
+    def _move_up_to(self, last: int) -> None:
+        while self._next <= min(last, len(self._layers) - 1):
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(self._used[self._next % 2])
+                self._mover.into(self._layers[self._next], self._buffers[self._next % 2])
+                self._filled[self._next % 2].record()
+            self._next += 1
