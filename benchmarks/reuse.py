@@ -3,7 +3,7 @@
     python -m benchmarks.reuse --shape llama-8b --tokens 5000,32768
 
 Weights and prompts are random. A cached prompt is made of paragraphs; the new one has a share of these in another
-order, and new paragraphs between them. All that a user waits for is timed: looking for a cached prompt, aligning,
+order, and the others in other words. All that a user waits for is timed: looking for a cached prompt, aligning,
 moving KV out of host memory, computing the rest, until the first token is known; and until the new prompt's KV is in
 host memory (`settled`), as for reading in full. What caching a prompt costs is timed apart, after the answer.
 
@@ -64,13 +64,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def make_prompts(
     vocabulary: int, num_tokens: int, share: float, paragraph_tokens: int, seed: int
 ) -> tuple[Prompt, Prompt, Prompt]:
-    """A cached prompt, one with a share of its paragraphs in another order, and one that has nothing in common."""
+    """A cached prompt, one with a share of its paragraphs in another order and the others in other words, each token's
+    neighbour in place of it, and one that has nothing in common."""
     rng = np.random.default_rng(seed)
     count = -(-num_tokens // paragraph_tokens)
-    old, new, strange = (rng.integers(0, vocabulary, (count, paragraph_tokens)) for _ in range(3))
+    old, strange = (rng.integers(0, vocabulary, (count, paragraph_tokens)) for _ in range(2))
     num_shared = round(share * count)
-    chosen = rng.permutation(count)[:num_shared]
-    mixed = [old[i] for i in chosen] + list(new[: count - num_shared])
+    mixed = [old[i] if number < num_shared else old[i] ^ 1 for number, i in enumerate(rng.permutation(count))]
     mixed = [mixed[i] for i in rng.permutation(count)]
 
     def prompt(paragraphs: Any) -> Prompt:
@@ -79,6 +79,16 @@ def make_prompts(
         return Prompt("", ids.tolist(), np.zeros((len(ids), 2), dtype=np.int64), [*ends, len(ids)])
 
     return prompt(old), prompt(mixed), prompt(strange)
+
+
+def pair_embeddings(model: PreTrainedModel, seed: int) -> None:
+    """Make tokens 2i and 2i + 1 near neighbours, as words of one meaning are."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with torch.no_grad():
+        table: Any = model.get_input_embeddings()
+        even, odd = table.weight[0::2], table.weight[1::2]
+        noise = torch.empty_like(odd).normal_(generator=generator)
+        odd.copy_(even + 0.1 * even.std() * noise)
 
 
 class Reader:
@@ -293,6 +303,7 @@ def main(
     report.free(where)
     report.say(f"making {shape} with random weights")
     model = make_model(shape, where, precision, max(lengths), seed)
+    pair_embeddings(model, seed)
     reader = Reader(model, Config(), memory)
     rows: list[dict[str, Any]] = []
     for length in lengths:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,8 @@ from sentencekv.terminal import ReadingProgress, make_console, one_line, plural
 from sentencekv.units import format_seconds
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
     from sentencekv import Document, LongContextLM
 
 DEFAULT_BUDGET_TOKENS = 1024
@@ -36,6 +39,23 @@ Budget = Annotated[int, typer.Option("--budget", help="Context tokens that one K
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="KV in host memory and files: auto, fp8, int8 or int4.")]
+Reuse = Annotated[
+    str | None,
+    typer.Option(
+        "--reuse",
+        metavar="MODE",
+        help="What is taken from texts in --reuse-folder: 'exact' (the default there), a beginning that both share; "
+        "'similar', parts that moved too, an approximation; 'off'.",
+    ),
+]
+ReuseFolder = Annotated[
+    str | None,
+    typer.Option("--reuse-folder", metavar="FOLDER", help="Keep what was read there, for texts that share much of it."),
+]
+ReuseOptions = Annotated[
+    list[str] | None,
+    typer.Option("--reuse-option", metavar="NAME=VALUE", help="An option of similar reuse; repeatable."),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens of one answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own warnings.")]
@@ -72,16 +92,14 @@ def load_model(
     policy_options: list[str] | None,
     sampling: dict[str, Any] | None = None,
     kv_dtype: str = "auto",
+    reuse: Mapping[str, Any] | None = None,
 ) -> LongContextLM:
-    """The model under a configuration; `sampling` is checked before it is loaded."""
-    from transformers.utils import logging as transformers_logging
-
+    """The model under a configuration; `sampling` is checked before it is loaded. `reuse`: as of `reuse_settings`."""
     from sentencekv.sampling import SamplingOptions
 
-    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
-        transformers_logging.disable_progress_bar()
+    _quiet_transformers()
     SamplingOptions(**(sampling or {}))  # a bad value must not wait until the text was read
-    options = dict(map(_parse_option, policy_options or []))
+    options = parse_options("--policy-option", policy_options)
     from sentencekv.lm import LongContextLM
 
     err = make_console(stderr=True)
@@ -94,17 +112,96 @@ def load_model(
             policy_options=options,
             budget_tokens=budget,
             kv_dtype=kv_dtype,
+            **(reuse or {}),
         )
 
 
-def _parse_option(given: str) -> tuple[str, Any]:
-    name, equals, value = given.partition("=")
-    if not equals or not name:
-        raise ValueError(f"--policy-option must be NAME=VALUE, got {given!r}; for example --policy-option group=mean")
+def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """A model's tokenizer and configuration, without its weights. Raises OSError."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from sentencekv import pocket
+
+    _quiet_transformers()
+    folder = pocket.path() if model == "pocket" else os.path.expanduser(model)
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+        return AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip(" .:") for line in str(error).splitlines() if line.strip(" .:")), "it is incomplete")
+        raise OSError(
+            f"cannot load a tokenizer from {model!r}: {reason}; give a model folder with config.json and "
+            "tokenizer.json, or a hub name"
+        ) from error
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        transformers_logging.disable_progress_bar()
+
+
+_EXAMPLES = {"--policy-option": "group=mean", "--reuse-option": "ratio=0.15"}
+
+
+def parse_options(option: str, given: list[str] | None) -> dict[str, Any]:
+    """What an option that takes NAME=VALUE was given; values are JSON, or else texts. Raises ValueError."""
+    options = {}
+    for each in given or []:
+        name, equals, value = each.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{option} must be NAME=VALUE, got {each!r}; for example {option} {_EXAMPLES[option]}")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def reuse_settings(mode: str | None, folder: str | None, loaded: LoadedText | None) -> dict[str, Any]:
+    """Fields of `Config` for --reuse and --reuse-folder. Raises ValueError if they do not make sense together."""
+    if folder is None:
+        if mode not in (None, "off"):
+            raise ValueError(
+                f"--reuse {mode} needs --reuse-folder: a text is read once here, and another can only share what was "
+                "kept in a folder"
+            )
+        return {}
+    if loaded is None:
+        raise ValueError("a saved document is not read again, so nothing of it can be reused; leave out --reuse-folder")
+    if mode != "off":
+        check_can_reuse()
+    return {"reuse": mode or "exact", "reuse_folder": folder}
+
+
+def check_can_reuse() -> None:
+    """Raise ValueError if what caching prompts needs is not installed: that must not wait until the model is loaded."""
+    from sentencekv.reuse.index import load_faiss
+
+    try:
+        load_faiss()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def load_prompt(given: str) -> LoadedText:
+    """A prompt: a file's text, for `@FILE` or whatever names one, as `load`; else the argument itself.
+
+    Raises ValueError for a saved document or an empty text, and as `load_text`.
+    """
+    name = given.removeprefix("@")
+    if given.startswith("@") or given == STANDARD_INPUT or os.path.exists(os.path.expanduser(given)):
+        loaded = load(name)
+        if loaded is None:
+            raise ValueError(f"{name!r} is a saved document, and prompts are compared as texts; give its text")
+        return loaded
+    if not given.strip():
+        raise ValueError("a prompt is empty; give a text, or a file with one")
+    if not any(char.isspace() for char in given):
+        make_console(stderr=True).print(
+            f"there is no file {one_line(given)!r}, so this is taken as the text itself", style="yellow", soft_wrap=True
+        )
+    return LoadedText("the text itself", given, (Part("the text itself", 0),))
 
 
 def take_up(
@@ -146,5 +243,16 @@ def read(lm: LongContextLM, loaded: LoadedText) -> Document:
     err = make_console(stderr=True)
     with ReadingProgress(err) as progress:
         document = lm.read(loaded.text, progress=progress)
-    err.print(f"read {loaded.name}: {progress.report()}\n", style="dim", soft_wrap=True)
+    if document.reuse is None:
+        report = progress.report()
+    else:
+        # What is reused is no progress.
+        report = f"{plural(document.num_tokens, 'token')} in {format_seconds(document.seconds_to_read)}"
+    err.print(f"read {loaded.name}: {report}\n", style="dim", soft_wrap=True)
     return document
+
+
+def close(lm: LongContextLM) -> None:
+    """Write what is cached to its folder, if there is one, and say so while it lasts."""
+    with make_console(stderr=True).status("keeping what was read, in the folder for reuse"):
+        lm.close()

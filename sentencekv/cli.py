@@ -1,4 +1,4 @@
-"""The command line: `sentencekv demo | ask | read | chat | policies | info`.
+"""The command line: `sentencekv demo | ask | read | chat | reuse | policies | info`.
 
 Answers go to standard output; progress, sources of an answer, costs and errors go to standard error. Every error of
 the user's is one sentence; exit status 2 for what was asked wrongly, 1 for what failed, 130 for Ctrl-C.
@@ -37,6 +37,7 @@ from sentencekv.terminal import (
     make_console,
     one_line,
     plural,
+    reuse_line,
     show,
     sources_list,
     stats_table,
@@ -60,6 +61,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+reuse_app = typer.Typer(
+    help="Reuse across prompts: what is read of one because another was read before.", no_args_is_help=True
+)
+app.add_typer(reuse_app, name="reuse")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -205,26 +210,33 @@ def ask(
     device: arguments.Device = "auto",
     dtype: arguments.Dtype = "auto",
     kv_dtype: arguments.KvDtype = "auto",
+    reuse: arguments.Reuse = None,
+    reuse_folder: arguments.ReuseFolder = None,
     debug: arguments.Debug = False,
 ) -> None:
     """Answer one question about a text; the answer goes to standard output."""
     if not question.strip():
         raise ValueError("the question is empty; ask for something that the text may say")
     loaded = arguments.load(file)
+    reusing = arguments.reuse_settings(reuse, reuse_folder, loaded)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling, kv_dtype)
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling, kv_dtype, reusing)
     document, loaded = arguments.take_up(lm, file, loaded, question, max_new_tokens)
     err = make_console(stderr=True)
     if as_json:
         generation = document.ask(question, **sampling)  # type: ignore[arg-type]
-        write(json.dumps(_as_json(question, generation, loaded, model, lm), ensure_ascii=False, indent=2) + "\n")
+        write(
+            json.dumps(_as_json(question, generation, document, loaded, model, lm), ensure_ascii=False, indent=2) + "\n"
+        )
+        arguments.close(lm)
         return
     generation = write_answer(document.stream(question, **sampling))  # type: ignore[arg-type]
     if sources:
         err.print()
         show(err, sources_list(generation, loaded))
     err.print()
-    show(err, cost_lines(generation.stats, lm.config))
+    show(err, cost_lines(generation.stats, lm.config, document.reuse))
+    arguments.close(lm)
 
 
 @app.command()
@@ -270,16 +282,21 @@ def chat(
     device: arguments.Device = "auto",
     dtype: arguments.Dtype = "auto",
     kv_dtype: arguments.KvDtype = "auto",
+    reuse: arguments.Reuse = None,
+    reuse_folder: arguments.ReuseFolder = None,
     debug: arguments.Debug = False,
 ) -> None:
     """Read a text once and answer question after question about it."""
     if file == STANDARD_INPUT:
         raise ValueError("chat takes its questions from standard input, so '-' cannot be the text; save it to a file")
     loaded = arguments.load(file)
+    reusing = arguments.reuse_settings(reuse, reuse_folder, loaded)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling, kv_dtype)
+    lm = arguments.load_model(model, device, dtype, policy, budget, policy_option, sampling, kv_dtype, reusing)
     document, loaded = arguments.take_up(lm, file, loaded, "", max_new_tokens)
     err = make_console(stderr=True)
+    if document.reuse is not None:
+        err.print(f"{reuse_line(document.reuse)}\n", style="dim")
     asked: Document | Conversation = document
     if remember:
         try:
@@ -301,7 +318,7 @@ def chat(
             elif line == "/sources":
                 show(err, sources_list(last, loaded))
             else:
-                show(err, stats_table(last.stats, lm.config))
+                show(err, stats_table(last.stats, lm.config, document.reuse))
         elif line.startswith("/"):
             err.print(f"unknown command {one_line(line)}; there are /sources, /stats and /quit", style="yellow")
         else:
@@ -312,6 +329,53 @@ def chat(
             except KeyboardInterrupt:
                 write("\n")
                 err.print("stopped; Ctrl-C at the prompt leaves", style="dim")
+    arguments.close(lm)
+
+
+@reuse_app.command()
+def explain(
+    prompt_a: Annotated[str, typer.Argument(metavar="PROMPT_A", help="The cached one: a text, a file, or @FILE.")],
+    prompt_b: Annotated[str, typer.Argument(metavar="PROMPT_B", help="The one to be read then, likewise.")],
+    run: Annotated[bool, typer.Option("--run", help="Load the model, read both, and say what came of it.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Show all of B and all operations, however long.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the pictures.")] = False,
+    reuse_option: arguments.ReuseOptions = None,
+    model: arguments.Model = "pocket",
+    device: arguments.Device = "auto",
+    dtype: arguments.Dtype = "auto",
+    debug: arguments.Debug = False,
+) -> None:
+    """Show how PROMPT_B would be read with PROMPT_A cached: what is taken from it, what moves, what is computed.
+
+    Needs the model's tokenizer only, unless --run is given.
+    """
+    if prompt_a == prompt_b == STANDARD_INPUT:
+        raise ValueError("standard input can be one of the two prompts, not both; save one to a file")
+    given = arguments.parse_options("--reuse-option", reuse_option)
+    first, second = arguments.load_prompt(prompt_a), arguments.load_prompt(prompt_b)
+    if run:
+        arguments.check_can_reuse()
+    from sentencekv.edit_script import explanation_block
+    from sentencekv.explain import as_dict, explain_texts, try_out
+    from sentencekv.reuse.prompt_cache import make_reuse_options
+
+    options = make_reuse_options(given)
+    trial = None
+    if run:
+        reusing = {"reuse": "similar", "reuse_options": given}
+        policy, budget = arguments.DEFAULT_POLICY, arguments.DEFAULT_BUDGET_TOKENS  # decoding here attends to all
+        lm = arguments.load_model(model, device, dtype, policy, budget, None, reuse=reusing)
+        of_model = lm.tokenizer, lm.model.config, options, lm.model.get_input_embeddings()
+        explanation = explain_texts(first.text, second.text, *of_model)
+        with make_console(stderr=True).status("reading both"):
+            trial = try_out(lm, explanation)
+    else:
+        explanation = explain_texts(first.text, second.text, *arguments.load_tokenizer(model), options)
+    if as_json:
+        found = {"model": model, "donor": first.name, "prompt": second.name, **as_dict(explanation, trial)}
+        write(json.dumps(found, ensure_ascii=False, indent=2) + "\n")
+        return
+    show(make_console(), explanation_block(explanation, (first.name, second.name), full=full, trial=trial))
 
 
 @app.command()
@@ -362,7 +426,7 @@ def info() -> None:
 
 
 def _as_json(
-    question: str, generation: Generation, loaded: LoadedText, model: str, lm: LongContextLM
+    question: str, generation: Generation, document: Document, loaded: LoadedText, model: str, lm: LongContextLM
 ) -> dict[str, Any]:
     sources = []
     for source in generation.sources:
@@ -376,6 +440,7 @@ def _as_json(
         "device": str(lm.model.device),
         "sources": sources,
         "stats": dataclasses.asdict(generation.stats),
+        "reuse": dataclasses.asdict(document.reuse) if document.reuse is not None else None,
     }
 
 

@@ -100,7 +100,8 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
     `first_logits_BV` are those of each sequence's last context token. A sequence that ends leaves the batch.
 
     Where the stepper runs ahead, the next step starts while the host still has to see what was drawn for it; if that
-    ends a sequence, its part of the step is given up.
+    ends a sequence, its part of the step is given up. Not before the first tokens are out: what a session does before
+    its first step would keep them waiting.
     """
     active = list(range(len(decodings)))
     drawn_B3 = draw_together([decodings[i].sampler for i in active], first_logits_BV)
@@ -108,7 +109,7 @@ def decode(stepper: Stepper, decodings: Sequence[Decoding], first_logits_BV: Ten
     while active:
         on_host.start(drawn_B3)
         ahead: list[int] = []
-        if stepper.runs_ahead:
+        if stepper.runs_ahead and all(decodings[i].token_ids for i in active):
             rows = [row for row, i in enumerate(active) if not decodings[i].ends_by_length]
             ahead = [active[row] for row in rows]
             if ahead:

@@ -9,8 +9,10 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +25,8 @@ from torch import Tensor
 from sentencekv.units import format_bytes
 
 _LOG = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.05
+"""For which what the system said of its free memory holds, less what was taken since."""
 _NAMED = 3
 """Holders of memory that an error message names."""
 
@@ -109,6 +113,8 @@ class HostMemory:
         self.pinned = pinned
         self.spill_folder = spill_folder
         self.in_use_bytes = 0
+        self._available_bytes = 0
+        self._looked_at = -math.inf
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._caches: list[weakref.ref[Callable[[int], object]]] = []
         if pinned:
@@ -167,14 +173,21 @@ class HostMemory:
         return power_of_two(num_bytes) if self.pinned and num_bytes else num_bytes
 
     def _free_bytes(self, needed_bytes: int) -> int:
-        free = available_host_bytes()
+        # Asking the system takes as long as a small allocation, and a layer makes several.
+        free = self._look(0 if needed_bytes > self._available_bytes else _LOOK_SECONDS)
         if self.pinned and needed_bytes > free:
             # torch keeps pinned memory that was freed, for reuse: ours to take, though the machine counts it as used.
             release = getattr(torch._C, "_host_emptyCache", None)
             if release is not None:
                 release()
-                free = available_host_bytes()
+                free = self._look(0)
         return free if self.limit_bytes is None else min(free, self.limit_bytes - self.in_use_bytes)
+
+    def _look(self, seconds: float) -> int:
+        """Memory that the process can get, as of so many seconds ago at most."""
+        if time.monotonic() - self._looked_at > seconds:
+            self._available_bytes, self._looked_at = available_host_bytes(), time.monotonic()
+        return self._available_bytes
 
     def _held(self) -> str:
         held = sorted(((h.kv_host_bytes, h) for h in self._holders if h.kv_host_bytes), key=lambda each: -each[0])
@@ -194,6 +207,7 @@ class HostMemory:
         with self._lock:
             self._require(num_bytes)
             self.in_use_bytes += num_bytes
+            self._available_bytes -= num_bytes
         try:
             tensor = self._new(shape, dtype)
         except BaseException:

@@ -137,6 +137,8 @@ class Session:
         self._lane: SessionLane | None = None
         self._share_S = torch.zeros(0, dtype=torch.int64, device=device)
         self._pass: _Pass | None = None
+        self._unsettled: list[tuple[int, Tensor, _Pass]] = []
+        """Of layers whose new tokens' KV is here and not where it belongs yet."""
         self._stream: Stream | None = None
         self._dense_bytes_per_token: dict[int, int] = {}
 
@@ -157,6 +159,7 @@ class Session:
         """
         assert self._pass is None, "the previous pass was not ended"
         assert exact or num_new == 1, "sparse passes are one token long"
+        self.settle()
         if not exact and self.policy.reads != "everything":
             self.lane()
             self._pass = _Pass(num_new, exact, [], [], None)
@@ -238,6 +241,7 @@ class Session:
         """What sparse passes read and write, current as of now; made when first asked for."""
         assert self.policy.reads != "everything"
         if self._lane is None:
+            self.settle()
             if self._own is not None:
                 self._own.flush()
             recent = {layer: torch.cat([self._sink[layer], self._recent[layer]], dim=1) for layer in self._recent}
@@ -270,6 +274,7 @@ class Session:
         """All that another session can go on from, as `from_state` does. This one starts an extent of its own for what
         it closes from now on."""
         assert self._pass is None
+        self.settle()
         self._leave_lane()
         if self._own is not None:
             self._own.flush()
@@ -362,7 +367,7 @@ class Session:
         if layer not in self._recent:
             self._sink[layer] = self._recent[layer] = _no_tokens(new_NLH)
         output = self._attend_to_all(layer, q_ALH, new_NLH, scale, softcap)
-        self._append(layer, new_NLH)
+        self._append(layer, new_NLH, self._pass)
         return output
 
     def _attend_to_all(self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -393,6 +398,7 @@ class Session:
     def kv(self, layer: int) -> Tensor:
         """Keys and values of all tokens of a layer without a sliding window, in order, on the device: a copy,
         `[N, T, 2, H]`. For studies; attention does not need it."""
+        self.settle()
         self._leave_lane()
         return self._everything(layer, _no_tokens(self._recent[layer]))
 
@@ -405,6 +411,7 @@ class Session:
         *,
         scale: float,
         softcap: float | None = None,
+        later: bool = False,
     ) -> Tensor:
         """As `attend` for a pass of T tokens of which only L are computed: attention output `[A, L, H]` of these;
         appends the KV of all. The layer must be one that retrieves (no sliding window).
@@ -412,6 +419,7 @@ class Session:
         Args:
             new_NTH: `[N, T, 2, H]`, KV of all new tokens, computed here or elsewhere.
             position_L: int32 `[L]` on the device: which of the T tokens the queries are of, rising.
+            later: append in `settle`, since the pass's output is waited for; `new_NTH` must stay as it is until then.
         """
         output, log_AL = positional_attention(q_ALH, new_NTH, position_L, scale=scale, softcap=softcap)
         if self.num_tokens:
@@ -420,20 +428,30 @@ class Session:
             first = torch.cat([self._sink[layer], self._recent[layer]], dim=1)
             earlier = itertools.chain([first], self._stream.blocks(layer))
             output = attention_after(output, log_AL, q_ALH, earlier, scale=scale, softcap=softcap)
-        self.append_context(layer, new_NTH)
+        self.append_context(layer, new_NTH, later=later)
         return output
 
-    def append_context(self, layer: int, kv_NLH: Tensor) -> None:
+    def append_context(self, layer: int, kv_NLH: Tensor, *, later: bool = False) -> None:
         """Append KV `[N, L, 2, H]` that the pass's new tokens already have, without attention: `attend`'s other half.
 
         For a context whose KV was computed elsewhere; the layer must be one that retrieves (no sliding window).
+        `later`: as of `attend_some`.
         """
         assert self._pass is not None
         assert kv_NLH.shape[1] == self._pass.num_new
         self._dense_bytes_per_token[layer] = kv_NLH.nbytes // kv_NLH.shape[1]
         if layer not in self._recent:
             self._sink[layer] = self._recent[layer] = _no_tokens(kv_NLH)
-        self._append(layer, kv_NLH)
+        if later:
+            self._unsettled.append((layer, kv_NLH, self._pass))
+        else:
+            self._append(layer, kv_NLH, self._pass)
+
+    def settle(self) -> None:
+        """Put KV where it belongs that was to be appended later. Whatever needs it there calls this first."""
+        unsettled, self._unsettled = self._unsettled, []
+        for layer, kv_NLH, appended in unsettled:
+            self._append(layer, kv_NLH, appended)
 
     def _attend_local(
         self, layer: int, q_ALH: Tensor, new_NLH: Tensor, scale: float, sliding_window: int, softcap: float | None
@@ -443,22 +461,21 @@ class Session:
         self._local[layer] = kv_NTH[:, -(sliding_window - 1) :].clone() if sliding_window > 1 else _no_tokens(new_NLH)
         return exact_attention(q_ALH, kv_NTH, scale=scale, sliding_window=sliding_window, softcap=softcap)
 
-    def _append(self, layer: int, new_NLH: Tensor) -> None:
-        assert self._pass is not None
+    def _append(self, layer: int, new_NLH: Tensor, its_pass: _Pass) -> None:
         pending = torch.cat([self._recent[layer], new_NLH], dim=1)
         missing = self.config.sink_tokens - self._sink[layer].shape[1]
         if missing > 0:
             self._sink[layer] = torch.cat([self._sink[layer], pending[:, :missing]], dim=1)
             pending = pending[:, missing:]
-        num_closing = sum(self._pass.closing)
+        num_closing = sum(its_pass.closing)
         if num_closing:
             assert self._own is not None
             closed = pending[:, :num_closing]
-            self._own.write(layer, self._pass.runs, closed, self.config.kv_format)
+            self._own.write(layer, its_pass.runs, closed, self.config.kv_format)
             self._own.add_values([layer], closed[None, :, :, 1])
             if self.policy.reads == "selected":
-                assert self._pass.offsets is not None
-                tables = self._summarize(closed[:, :, 0].transpose(0, 1), self._pass.offsets)
+                assert its_pass.offsets is not None
+                tables = self._summarize(closed[:, :, 0].transpose(0, 1), its_pass.offsets)
                 self._own.add_summaries(layer, tables)
         # A clone, lest a view of a long chunk keeps all of it alive.
         self._recent[layer] = pending[:, num_closing:].clone() if num_closing or missing > 0 else pending
@@ -502,17 +519,20 @@ class Session:
     @property
     def device_bytes(self) -> int:
         """KV, summaries and hot set on the device (the GPU tier), shared parts included."""
+        self.settle()
         kept = sum(t.nbytes for tier in (self._sink, self._recent, self._local) for t in tier.values())
         return kept + self.summary_bytes + (self._lane.device_bytes if self._lane is not None else 0)
 
     @property
     def summary_bytes(self) -> int:
         """Summaries on the device, shared parts included."""
+        self.settle()
         return sum(extent.summary_bytes for extent in self._extents)
 
     @property
     def host_bytes(self) -> int:
         """KV of closed sentences in host memory, unused rows and shared parts included."""
+        self.settle()
         return sum(extent.host_bytes for extent in self._extents)
 
     @contextlib.contextmanager

@@ -213,12 +213,13 @@ class Extent:
         with torch.cuda.stream(self._copy_stream):
             for source in sources:
                 source.record_stream(self._copy_stream)
+            # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
+            heads: tuple[list[Tensor], list[Tensor]] = ([], [])
             for run in runs:
-                rows = slice(run.row, run.row + run.stop - run.start)
                 for target, source in zip(run.slab.parts(layer), sources, strict=True):
-                    # One head at a time: both sides are then contiguous, which an asynchronous copy needs.
-                    for head in range(source.shape[0]):
-                        target[head, rows].copy_(source[head, run.start : run.stop], non_blocking=True)
+                    heads[0].extend(target.narrow(1, run.row, run.stop - run.start).unbind(0))
+                    heads[1].extend(source.narrow(1, run.start, run.stop - run.start).unbind(0))
+            torch._foreach_copy_(*heads, non_blocking=True)
             self._writes.append(torch.cuda.Event())
             self._writes[-1].record()
         if len(self._writes) > _WRITES_AHEAD:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sentencekv import Config, Generation, GenerationStream, Source, Stats
     from sentencekv.demo import Summary, Verdict
     from sentencekv.files import LoadedText
+    from sentencekv.reuse.report import Reuse
 
 MAX_WIDTH = 100
 """Lines longer than this are hard to read, however wide the terminal."""
@@ -230,21 +231,43 @@ def sources_list(generation: Generation, loaded: LoadedText) -> RenderableType:
     return Group(heading, sources_table(generation.sources[:_SHOWN_SOURCES], place), rest)
 
 
-def cost_lines(stats: Stats, config: Config) -> RenderableType:
-    """What one answer read, how fast, and what its KV takes: two dim lines."""
+def reuse_line(reuse: Reuse) -> str:
+    """What of a prompt came from a cached one, in one phrase."""
+    if reuse.kind == "none":
+        return f"reused nothing: {reuse.reason}"
+    saved = ""
+    if reuse.seconds_saved is not None and reuse.seconds_saved > 0:
+        saved = f"; saved about {format_seconds(reuse.seconds_saved)}"
+    if reuse.kind == "same":
+        again = f"reused all {plural(reuse.prompt_tokens, 'token')}: the same text was read before"
+        return f"{again}, as an approximation{saved}" if reuse.approximate else again + saved
+    share = f"{reuse.reused_tokens:,} of {plural(reuse.prompt_tokens, 'token')}"
+    if reuse.kind == "prefix":
+        return f"reused the first {share}, computed {reuse.computed_tokens:,}{saved}"
+    error = "" if reuse.estimated_error is None else f", estimated error {100 * reuse.estimated_error:.1f}%"
+    moved = f" ({reuse.moved_tokens:,} moved)" if reuse.moved_tokens else ""
+    return (
+        f"reused {share} of a similar text{moved}, computed {reuse.computed_tokens:,}: an approximation{error}{saved}"
+    )
+
+
+def cost_lines(stats: Stats, config: Config, reuse: Reuse | None = None) -> RenderableType:
+    """What one answer read, how fast, and what its KV takes: two dim lines, and one more for what was reused."""
     pace = format_pace(stats.seconds_to_first_token, stats.seconds_per_token)
     kv = (
         f"KV {format_bytes(stats.kv_gpu_bytes)} on the device + {format_bytes(stats.kv_host_bytes)} on the host; "
         f"dense {format_bytes(stats.kv_dense_bytes)}"
     )
-    return Text(f"{format_reach(stats, config)}; {pace}\n{kv}", style="dim")
+    reused = "" if reuse is None else f"\n{reuse_line(reuse)}"
+    return Text(f"{format_reach(stats, config)}; {pace}\n{kv}{reused}", style="dim")
 
 
-def stats_table(stats: Stats, config: Config) -> RenderableType:
+def stats_table(stats: Stats, config: Config, reuse: Reuse | None = None) -> RenderableType:
     """Everything that one answer cost."""
     rate = "nothing was selected" if stats.hot_hit_rate is None else f"{100 * stats.hot_hit_rate:.1f}%"
     return key_values(
         [
+            *([] if reuse is None else [("the text", reuse_line(reuse))]),
             ("policy", stats.policy),
             ("read", format_reach(stats, config)),
             ("sentences", f"{stats.sentences:,}"),

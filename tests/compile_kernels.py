@@ -28,6 +28,7 @@ from triton_ops.gated_product import gated_product_triton
 from triton_ops.gather_kv import gather_kv_triton
 from triton_ops.linear import linear_triton
 from triton_ops.merge_attention import merge_attention_triton
+from triton_ops.move_kv import move_kv_triton
 from triton_ops.offload_kv import offload_kv_triton
 from triton_ops.positional_attention import positional_attention_triton
 from triton_ops.resolve_hot_set import resolve_hot_set_triton
@@ -151,6 +152,15 @@ def merge_attention(shape: Shape) -> None:
     merge_attention_triton(total, total[:, :, 0].contiguous(), part, total[:, :, 0].contiguous())
 
 
+def move_kv(shape: Shape) -> None:
+    kv = torch.zeros(shape.heads, 100, 2, shape.dim, dtype=shape.dtype)
+    place, addresses = torch.zeros(100, 3, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64)
+    ways = ((shape.dim // 2, False), (shape.dim // 8, True), (0, False))
+    for pairs, interleaved in ways if shape.dim == 64 else ways[:1]:
+        table = torch.zeros(7, pairs)
+        move_kv_triton(kv, [kv], addresses, place, table, table, interleaved=interleaved)
+
+
 def offload_kv(shape: Shape) -> None:
     kv = torch.zeros(2, shape.heads, 64, 2, shape.dim, dtype=shape.dtype)
     for part, skip in ((kv, 0), *((part, 128) for part in pack_kv(kv, "int4"))):
@@ -249,6 +259,7 @@ OPS: dict[str, Callable[[Shape], None]] = {
         resolve_hot_set,
         gather_kv,
         merge_attention,
+        move_kv,
         offload_kv,
         positional_attention,
         summarize,

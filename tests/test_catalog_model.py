@@ -81,7 +81,8 @@ class Model:
 
     def release(self, space: str, num_bytes: int) -> int:
         movable = self._movable([])
-        chosen = _leaving(space, movable, 0, num_bytes) or movable
+        chosen = _leaving(space, movable, 0, min(num_bytes, total_of(movable)))
+        assert chosen is not None
         freed = total_of(chosen)
         for each in chosen:
             self._evict(each)

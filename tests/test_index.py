@@ -152,12 +152,14 @@ class TestSharedRuns:
 class TestMeaning:
     def test_paraphrases_share_no_tokens(self) -> None:
         made = make_index(*(draw_tokens(i, 100) for i in range(20)))
-        near = draw_embedding(107) + 0.01
-        found = made.find(draw_tokens(99, 80), near / np.linalg.norm(near), limit=3)
-        assert found[0].key == 107
-        assert found[0].similarity == pytest.approx(1.0, abs=0.01)
-        assert found[0].shared_tokens == 0
-        assert [each.similarity for each in found] == sorted((each.similarity for each in found), reverse=True)
+        for key in range(100, 120):
+            near = draw_embedding(key) + 0.01
+            near /= np.linalg.norm(near)
+            (first, *_) = found = made.find(draw_tokens(99, 80), near, limit=2)
+            assert first.key == key
+            assert first.similarity == pytest.approx(float(near @ draw_embedding(key)), abs=1e-6)
+            assert [each.shared_tokens for each in found] == [0, 0]
+            assert first.similarity >= found[1].similarity
 
     def test_what_is_neither_similar_nor_shares_anything_is_left_out(self) -> None:
         made = make_index(*(draw_tokens(i, 100) for i in range(20)))
@@ -201,6 +203,12 @@ class TestAddAndRemove:
         made.remove([])
         assert made.find(draw_tokens(0, 100), draw_embedding(0), 0) == []
         assert made.find(draw_tokens(0, 3), draw_embedding(0), 4)[0].shared_tokens == 3
+
+    def test_prompts_shorter_than_a_shingle(self) -> None:
+        made = make_index(draw_tokens(0, 5), draw_tokens(0, 8))
+        for count, expected in ((4, [4, 4]), (100, [8, 5])):
+            shared = [each.shared_tokens for each in made.find(draw_tokens(0, count), draw_embedding(0), 4)]
+            assert sorted(shared, reverse=True) == expected
 
 
 def assert_alike(first: PromptIndex, second: PromptIndex, prompts: list[NDArray[np.int32]]) -> None:

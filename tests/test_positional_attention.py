@@ -78,17 +78,21 @@ def truth(
     return logit.softmax(-1).nan_to_num() @ value, logit.logsumexp(-1)
 
 
+ULPS = 4
+"""On top of twice the reference's error: a GPU's exponentials are within 2 of them, and each block of keys rescales."""
+
+
 def check(op: Op, case: Case) -> None:
     """An op's output and logs, as good as the reference's in the same dtype."""
     output, log = op(*case.arguments, **case.options)
     want, want_log = positional_attention_ref(*case.arguments, **case.options)
-    assert_as_good(output, want, case.output, ulps=2)
+    assert_as_good(output, want, case.output, ulps=ULPS)
     blind = case.arguments[2] < 0
     assert log.is_contiguous()
     assert (log[:, blind] == -torch.inf).all()
     assert (output[:, blind] == 0).all()
     if not blind.all():
-        assert_as_good(log[:, ~blind], want_log[:, ~blind], case.log[:, ~blind], ulps=2)
+        assert_as_good(log[:, ~blind], want_log[:, ~blind], case.log[:, ~blind], ulps=ULPS)
 
 
 @pytest.fixture(params=[positional_attention, positional_attention_triton], ids=lambda op: op.__name__)

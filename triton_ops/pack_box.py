@@ -7,6 +7,7 @@ none. Its bits are those of a half-precision number, nine places up: a kernel de
 """
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -32,10 +33,11 @@ def _extents(device: torch.device) -> Tensor:
     return (torch.arange(16, dtype=torch.int16, device=device) << 9).view(torch.float16).float() * 2.0**14
 
 
-def pack_box(low_SNH: Tensor, high_SNH: Tensor) -> Tensor:
+def pack_box_ref(low_SNH: Tensor, high_SNH: Tensor) -> Tensor:
     """Boxes that hold the given ones, uint8 `[S, N, P + 4]`, with P the `packed_dim` of H.
 
-    Scales are in float16: of boxes that reach beyond 65,504 in a bfloat16 or float32 model, some of that is cut off.
+    Bounds are float32. Scales are in float16: of boxes that reach beyond 65,504 in a bfloat16 or float32 model, some of
+    that is cut off.
     Bytes 2j and 2j + 1 are of dimensions j and j + P/2, the middle in the lower half of each.
     """
     padding = (0, packed_dim(low_SNH.shape[-1]) - low_SNH.shape[-1])
@@ -58,7 +60,7 @@ def pack_box(low_SNH: Tensor, high_SNH: Tensor) -> Tensor:
     return torch.cat([paired, scales], dim=-1)
 
 
-def unpack_box(packed_SNW: Tensor, head_dim: int) -> Tensor:
+def unpack_box_ref(packed_SNW: Tensor, head_dim: int) -> Tensor:
     """Boxes float32 `[S, N, 2, H]`: lowest and highest, as `pack_box` packed them."""
     dim = packed_SNW.shape[-1] - SCALE_BYTES.value
     step, largest = packed_SNW[..., dim:].contiguous().view(torch.float16).float().split(1, dim=-1)
@@ -73,3 +75,129 @@ def _up(scale: Tensor) -> Tensor:
     rounded = scale.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
     up = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
     return torch.where(rounded.float() < scale, up, rounded).clamp(max=torch.finfo(torch.float16).max)
+
+
+@triton.jit
+def _up_kernel(scale):
+    """As `_up`, of one number that is not negative."""
+    clamped = tl.minimum(scale, 65504.0)
+    rounded = clamped.to(tl.float16)
+    above = (rounded.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+    up = tl.where(rounded.to(tl.float32) < scale, above.to(tl.float32), rounded.to(tl.float32))
+    return tl.minimum(up, 65504.0).to(tl.float16)
+
+
+@triton.jit
+def _pack_box_kernel(
+    low_ptr,
+    high_ptr,
+    packed_ptr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, DIM_BLOCK)
+    low = tl.load(low_ptr + row * HEAD_DIM + h, mask=h < HEAD_DIM, other=0.0)
+    high = tl.load(high_ptr + row * HEAD_DIM + h, mask=h < HEAD_DIM, other=0.0)
+    middle = (low + high) * 0.5
+    step = _up_kernel(tl.div_rn(tl.max(tl.abs(middle), axis=0), MIDDLES * 1.0))
+    # Dimensions are divided by the same number, which is none less than float16 has.
+    divisor = tl.maximum(step.to(tl.float32), 5.960464477539063e-08)
+    quotient = tl.div_rn(middle, tl.broadcast_to(divisor, middle.shape))
+    number = tl.floor(quotient + 0.5)
+    # Halves go to the even number, as they do in the reference.
+    odd = number - 2.0 * tl.floor(number * 0.5)
+    number = tl.where(number - quotient == 0.5, number - odd, number)
+    number = tl.minimum(tl.maximum(number, -1.0 * MIDDLES), 1.0 * MIDDLES)
+    middle = number * step.to(tl.float32)
+    half = tl.maximum(tl.maximum(high - middle, middle - low), 0.0)
+    largest = _up_kernel(tl.max(half, axis=0))
+    unit = tl.maximum(tl.div_rn(largest.to(tl.float32), LARGEST_EXTENT * 1.0), 1.1754943508222875e-38)
+    ratio = tl.div_rn(half, tl.broadcast_to(unit, half.shape))
+    level = tl.zeros((DIM_BLOCK,), tl.int32)
+    for i in tl.static_range(15):
+        # What the 16 half extents are: two of every power of two, but for the first.
+        extent: tl.constexpr = 0.0 if i == 0 else (1.0 + 0.5 * (i % 2)) * 2.0 ** (i // 2 - 1) if i > 1 else 0.5
+        level += tl.where(ratio > extent, 1, 0)
+    byte = (number.to(tl.int32) + (MIDDLES + 1)) | (level << 4)
+    packed_ptr += row * (DIM + SCALE_BYTES)
+    tl.store(packed_ptr + (h % (DIM // 2)) * 2 + h // (DIM // 2), byte.to(tl.uint8), mask=h < DIM)
+    scale_ptr = (packed_ptr + DIM).to(tl.pointer_type(tl.float16))
+    tl.store(scale_ptr, step)
+    tl.store(scale_ptr + 1, largest)
+
+
+def pack_box_triton(low_SNH: Tensor, high_SNH: Tensor) -> Tensor:
+    """`pack_box_ref` as one kernel, a program for each sentence and KV head; the same bytes."""
+    num_sentences, num_heads, head_dim = low_SNH.shape
+    assert low_SNH.dtype == high_SNH.dtype == torch.float32
+    assert low_SNH.is_contiguous()
+    assert high_SNH.is_contiguous()
+    dim = packed_dim(head_dim)
+    shape = (num_sentences, num_heads, dim + SCALE_BYTES.value)
+    packed_SNW = torch.empty(shape, dtype=torch.uint8, device=low_SNH.device)
+    if num_sentences:
+        _pack_box_kernel[(num_sentences * num_heads,)](
+            low_SNH,
+            high_SNH,
+            packed_SNW,
+            HEAD_DIM=head_dim,
+            DIM=dim,
+            DIM_BLOCK=triton.next_power_of_2(dim),
+            num_warps=1,
+        )
+    return packed_SNW
+
+
+def pack_box(low_SNH: Tensor, high_SNH: Tensor) -> Tensor:
+    """Boxes that hold the given ones, in a byte a dimension; see `pack_box_ref`."""
+    op = pack_box_triton if low_SNH.is_cuda else pack_box_ref
+    return op(low_SNH, high_SNH)
+
+
+@triton.jit
+def _unpack_box_kernel(
+    packed_ptr,
+    box_ptr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, DIM_BLOCK)
+    mask = h < HEAD_DIM
+    packed_ptr += row * (DIM + SCALE_BYTES)
+    byte = tl.load(packed_ptr + (h % (DIM // 2)) * 2 + h // (DIM // 2), mask=mask, other=0).to(tl.int32)
+    scale_ptr = (packed_ptr + DIM).to(tl.pointer_type(tl.float16))
+    step, largest = tl.load(scale_ptr).to(tl.float32), tl.load(scale_ptr + 1).to(tl.float32)
+    middle = ((byte & 15) - (MIDDLES + 1)).to(tl.float32) * step
+    extent = (((byte >> 4) << 9).to(tl.int16).to(tl.float16, bitcast=True)).to(tl.float32) * 16384.0
+    half = extent * tl.div_rn(largest, LARGEST_EXTENT * 1.0)
+    box_ptr += row * (2 * HEAD_DIM) + h
+    tl.store(box_ptr, middle - half, mask=mask)
+    tl.store(box_ptr + HEAD_DIM, middle + half, mask=mask)
+
+
+def unpack_box_triton(packed_SNW: Tensor, head_dim: int) -> Tensor:
+    """`unpack_box_ref` as one kernel; rounded once where that rounds twice."""
+    num_sentences, num_heads, width = packed_SNW.shape
+    assert packed_SNW.is_contiguous()
+    dim = width - SCALE_BYTES.value
+    box_SN2H = torch.empty((num_sentences, num_heads, 2, head_dim), device=packed_SNW.device)
+    if num_sentences:
+        _unpack_box_kernel[(num_sentences * num_heads,)](
+            packed_SNW,
+            box_SN2H,
+            HEAD_DIM=head_dim,
+            DIM=dim,
+            DIM_BLOCK=triton.next_power_of_2(dim),
+            num_warps=1,
+        )
+    return box_SN2H
+
+
+def unpack_box(packed_SNW: Tensor, head_dim: int) -> Tensor:
+    """Boxes float32 `[S, N, 2, H]`: lowest and highest, as `pack_box` packed them."""
+    op = unpack_box_triton if packed_SNW.is_cuda else unpack_box_ref
+    return op(packed_SNW, head_dim)

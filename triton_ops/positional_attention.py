@@ -43,7 +43,7 @@ _HOPPER_TILES = {
     16: Tiles(128, 64, 4, 3),
     32: Tiles(128, 64, 4, 3),
     64: Tiles(128, 64, 8, 3),
-    128: Tiles(128, 128, 8, 3),
+    128: Tiles(128, 64, 8, 3),
     256: Tiles(128, 64, 8, 2),
 }
 """By head dimension, rounded up to a power of two."""

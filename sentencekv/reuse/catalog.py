@@ -303,7 +303,9 @@ def _sentence_ends(values: ArrayLike, num_tokens: int) -> NDArray[np.int32]:
 
 def _integers(values: ArrayLike, name: str) -> NDArray[np.int32]:
     """As int32, in memory that nobody else writes to."""
-    array = np.array(values) if np.size(values) else np.zeros(0, dtype=np.int32)
+    array = np.array(values)
+    if not array.size:
+        array = np.zeros(0, dtype=np.int32)
     limits = np.iinfo(np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers in one dimension, got {array.dtype} of shape {array.shape}")

@@ -66,16 +66,16 @@ def operations(alignment: Alignment) -> list[Operation]:
     return found + [Operation("delete", first, last, end, end) for first, last in sorted(unused)]
 
 
-def _unused(alignment: Alignment) -> dict[tuple[int, int], None]:
+def _unused(alignment: Alignment) -> dict[tuple[int, int], bool]:
     """Ranges of the cached prompt that no match uses."""
-    ranges: dict[tuple[int, int], None] = {}
+    ranges: dict[tuple[int, int], bool] = {}
     at = 0
     for start, stop in sorted((m.donor_start, m.donor_start + m.length) for m in alignment.matches):
         if start > at:
-            ranges[at, start] = None
+            ranges[at, start] = True
         at = max(at, stop)
     if at < alignment.donor_tokens:
-        ranges[at, alignment.donor_tokens] = None
+        ranges[at, alignment.donor_tokens] = True
     return ranges
 
 

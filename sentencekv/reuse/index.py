@@ -135,8 +135,10 @@ class PromptIndex:
         self, key: int, token_ids: Ids, buckets: Hashes, weights: Counts, embedding: NDArray[np.float32]
     ) -> Found:
         shared = shared_prefix(self._ids[key], token_ids)
-        if len(buckets):
-            common = np.isin(buckets, self._buckets_of[key], assume_unique=True)
+        if len(buckets) and len(self._buckets_of[key]):
+            theirs = self._buckets_of[key]
+            # Without the last, which stands for all beyond it: every place is one that there is.
+            common = theirs[np.searchsorted(theirs[:-1], buckets)] == buckets
             shared = max(shared, round(len(token_ids) * float(weights[common].sum() / weights.sum())))
         similarity = float(self._embeddings.reconstruct(key) @ embedding)
         return Found(key, shared, similarity)

@@ -143,7 +143,7 @@ def leaving(
     """Who leaves, so that `own` bytes become free in the first namespace, and `total` in all of them.
 
     Those not used for longest: the first namespace's own, then of the one that holds most of what can leave. Returns
-    them in that order, and whether they are enough: else they are all candidates that would help.
+    them in that order, and whether they are enough: else they are all candidates.
 
     `bytes_of`: the candidates, and what each would free.
     """
@@ -153,7 +153,7 @@ def leaving(
     while own > 0 or total > 0:
         if first is not None and waiting.get(first):
             space = first
-        elif own <= 0 and any(waiting.values()):
+        elif any(waiting.values()):
             space = max((each for each in waiting if waiting[each]), key=lambda each: left[each])
         else:
             break

@@ -393,9 +393,13 @@ class PromptCache:
             state, sources = session.state(), {}
             for extent in state.extents:
                 extent.flush()
+            source_T, last_L = planned.source_T, None
             for layer, token_L in computed_of_layer.items():
-                sources[layer] = planned.source_T.copy()
-                sources[layer][token_L] = -1
+                # Layers that compute the same share one table.
+                if last_L is None or not np.array_equal(token_L, last_L):
+                    source_T, last_L = planned.source_T.copy(), token_L
+                    source_T[token_L] = -1
+                sources[layer] = source_T
             rows = StateRows(state, state.extents, len(prompt.token_ids))
             cached = derived(rows, sources, parent, logits_V.cpu(), self._memory)
             self._add(prompt, namespace, embedding, cached, approximate=True)

@@ -42,6 +42,9 @@ _ASKING_TOKENS = 32
 """Last tokens of a prompt, whose attention says which tokens matter."""
 _CHUNK_TOKENS = 65536
 """Tokens whose KV is on the device together, one layer at a time."""
+_LATER_BYTES = 1 << 30
+"""KV of all layers up to which a prompt is appended to its session after its logits are known: launching that takes
+longer than computing the few tokens that are computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +197,8 @@ def rebuild(
     turning = rotations if options.rotate else None
     for start, stop in _chunks(starts_T, first, chunk_tokens):
         mover = Mover(rows, planned.source_T[start:stop], start, turning, session.device)
-        part = _Part(session, planned, starts_T, start, stop, mover, options, rows.layers)
+        later = stop - start == total - first and mover.num_bytes <= _LATER_BYTES
+        part = _Part(session, planned, starts_T, start, stop, mover, options, rows.layers, later=later)
         session.begin(stop - start, exact=True, expected_tokens=total - start)
         if len(part.started):
             ids_L = to_device([token_ids[at] for at in part.started.tolist()], session.device)
@@ -244,6 +248,8 @@ class _Part:
         mover: Mover,
         options: Recompute,
         layers: Sequence[int],
+        *,
+        later: bool,
     ) -> None:
         device = session.device
         self.started = torch.from_numpy(np.flatnonzero(starts_T[start:stop]) + start)
@@ -266,7 +272,9 @@ class _Part:
         self._num_chosen = round(options.ratio * self._num_optional) + num_fuzzy
         self._kept_L: Tensor | None = None
         """Of the rows of the layer that ran last, those that go on."""
-        self._ahead = _Ahead(mover, self._layers, device) if device.type == "cuda" else None
+        self._later = later
+        num_buffers = len(self._layers) if later else 2
+        self._ahead = _Ahead(mover, self._layers, num_buffers, device) if device.type == "cuda" else None
 
     def attend(
         self,
@@ -286,7 +294,9 @@ class _Part:
         cached_NLH = kv_NTH[:, self._row_L] if self._reused_L is not None else None
         kv_NTH.index_copy_(1, self._row_L, new_NLH)
         position_L = self._row_L.to(torch.int32)
-        output_ALH = self._session.attend_some(layer, q_ALH, kv_NTH, position_L, scale=scale, softcap=softcap)
+        output_ALH = self._session.attend_some(
+            layer, q_ALH, kv_NTH, position_L, scale=scale, softcap=softcap, later=self._later
+        )
         self.computed_of_layer[layer] = self._row_L + self._start
         if cached_NLH is not None:
             self._look_at(layer, q_ALH, new_NLH, cached_NLH, kv_NTH, scale)
@@ -298,7 +308,7 @@ class _Part:
         """Give the session the KV of all tokens, none of which is computed."""
         for layer in self._layers:
             kv_NTH = self._moved(layer)
-            self._session.append_context(layer, kv_NTH)
+            self._session.append_context(layer, kv_NTH, later=self._later)
             self.computed_of_layer[layer] = self._row_L
             if self._ahead is not None:
                 self._ahead.done(layer)
@@ -306,8 +316,8 @@ class _Part:
     def _moved(self, layer: int) -> Tensor:
         """Rows of one layer, `[N, T, 2, H]`; those without a source are not written."""
         if self._ahead is not None:
-            return self._ahead.take(layer, self._num_rows)
-        kv_NTH = self._mover.new(layer, self._num_rows)
+            return self._ahead.take(layer)
+        kv_NTH = self._mover.new(layer)
         self._mover.into(layer, kv_NTH)
         return kv_NTH
 
@@ -380,38 +390,40 @@ class _Part:
 class _Ahead:
     """Rows of the next layer come from host memory, on a stream of their own, while one layer is computed."""
 
-    def __init__(self, mover: Mover, layers: Sequence[int], device: torch.device) -> None:
+    def __init__(self, mover: Mover, layers: Sequence[int], num_buffers: int, device: torch.device) -> None:
+        """`num_buffers`: layers whose rows are there at the same time; as many as there are layers, and they stay."""
         self._mover, self._layers, self._device = mover, list(layers), device
         self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._buffers: list[Tensor] = []
-        self._filled = [torch.cuda.Event(), torch.cuda.Event()]
-        self._used = [torch.cuda.Event(), torch.cuda.Event()]
+        self._filled = [torch.cuda.Event() for _ in range(num_buffers)]
+        self._used = [torch.cuda.Event() for _ in range(num_buffers)]
         self._next = 0
 
-    def take(self, layer: int, num_rows: int) -> Tensor:
-        """The rows of a layer, `[N, T, 2, H]`; valid until `done`. Layers are taken in order."""
+    def take(self, layer: int) -> Tensor:
+        """The rows of a layer, `[N, T, 2, H]`; valid until `done`, or for good. Layers are taken in order."""
         compute = torch.cuda.current_stream(self._device)
         at = self._layers.index(layer)
         if not self._buffers:
-            self._buffers = [self._mover.new(layer, num_rows) for _ in self._used]
-            for buffer, used in zip(self._buffers, self._used, strict=True):
+            self._buffers = [self._mover.new(layer) for _ in self._used]
+            for buffer in self._buffers:
                 buffer.record_stream(self._stream)
-                used.record(compute)  # the memory may have been another tensor's a moment ago
+            self._stream.wait_stream(compute)  # the memory may have been another tensor's a moment ago
         self._move_up_to(at)
-        compute.wait_event(self._filled[at % 2])
-        return self._buffers[at % 2]
+        compute.wait_event(self._filled[at % len(self._buffers)])
+        return self._buffers[at % len(self._buffers)]
 
     def done(self, layer: int) -> None:
         """What reads the rows of a layer is launched."""
         at = self._layers.index(layer)
-        self._used[at % 2].record(torch.cuda.current_stream(self._device))
+        self._used[at % len(self._buffers)].record(torch.cuda.current_stream(self._device))
         self._move_up_to(at + 1)
 
     def _move_up_to(self, last: int) -> None:
         while self._next <= min(last, len(self._layers) - 1):
+            at = self._next % len(self._buffers)
             with torch.cuda.stream(self._stream):
-                self._stream.wait_event(self._used[self._next % 2])
-                self._mover.into(self._layers[self._next], self._buffers[self._next % 2])
-                self._filled[self._next % 2].record()
+                if self._next >= len(self._buffers):
+                    self._stream.wait_event(self._used[at])
+                self._mover.into(self._layers[self._next], self._buffers[at])
+                self._filled[at].record()
             self._next += 1

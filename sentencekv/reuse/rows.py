@@ -142,10 +142,17 @@ class Mover:
         for layer in layers:  # small copies, made before the device is busy
             self._turn(layer, self._place(layer)[1])
 
-    def new(self, layer: int, num_rows: int) -> Tensor:
+    @property
+    def num_bytes(self) -> int:
+        """Of the wanted tokens' rows, over all layers."""
+        some = (tensors[0] for tensors in self._tensors.values())
+        return sum(len(self._source_T) * 2 * kv.shape[0] * kv.shape[3] * kv.element_size() for kv in some)
+
+    def new(self, layer: int) -> Tensor:
         """Room for the rows of a layer, `[N, T, 2, H]` on the device, not written."""
         some = self._tensors[layer][0]
-        return torch.empty((some.shape[0], num_rows, 2, some.shape[3]), dtype=some.dtype, device=self._device)
+        shape = (some.shape[0], len(self._source_T), 2, some.shape[3])
+        return torch.empty(shape, dtype=some.dtype, device=self._device)
 
     def into(self, layer: int, kv_NTH: Tensor) -> None:
         """Write the rows that have a source into `[N, T, 2, H]` on the device, whose others stay as they are."""

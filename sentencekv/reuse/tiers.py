@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,18 +140,20 @@ class Tiers:
 
     def release(self, num_bytes: int, first: Namespace | None) -> int:
         """Let go of so many bytes of host memory, or all that is not held; returns how many."""
-        movable = self._movable(())
-        chosen, _ = leaving(first, movable, 0, num_bytes)
+        here = self._here()
+        chosen, _ = leaving(first, _movable(here, ()), 0, num_bytes)
         for space, entry in chosen:
             self._evict(space, entry)
-        return sum(movable[space][entry] for space, entry in chosen)
+        return sum(here[space][entry] for space, entry in chosen)
 
     def persist(self) -> None:
         """Write what has no file yet, the last used first, as far as the bounds go; nothing without a folder."""
         if self._folder is None:
             return
-        here = [(s, entry) for s in self._spaces.values() for entry in s.entries.values() if entry.payload is not None]
-        for space, entry in sorted(here, key=lambda each: -each[1].used):
+        loaded = [
+            (s, entry) for s in self._spaces.values() for entry in s.entries.values() if entry.payload is not None
+        ]
+        for space, entry in sorted(loaded, key=lambda each: -each[1].used):
             # Asked now: one that was used later may have taken its place on the disk.
             if entry.file_bytes is None and not self._write(space, entry):
                 _LOG.info("a cached prompt of %d tokens has no room on disk", len(entry.record.token_ids))
@@ -169,26 +171,20 @@ class Tiers:
             entry.used = self._clock
         return {entry.record.key: entry.used for entry in lineage}
 
-    def _movable(self, keep: Collection[Entry]) -> dict[Namespace, dict[Entry, int]]:
-        """What may leave host memory, and its bytes: who holds or keeps an entry, does so with its ancestors."""
+    def _here(self) -> dict[Namespace, dict[Entry, int]]:
+        """What is in host memory, and its bytes."""
         return {
-            space: {
-                entry: entry.host_bytes
-                for entry in space.entries.values()
-                if entry.payload is not None and not entry.holds and entry not in keep
-            }
+            space: {entry: entry.host_bytes for entry in space.entries.values() if entry.payload is not None}
             for space in self._spaces.values()
         }
 
     def _make_room(self, space: Namespace, num_bytes: int, keep: Collection[Entry]) -> bool:
         """Have so many more bytes of host memory fit; if they cannot, nothing leaves."""
-        movable = self._movable(keep)
-        in_use = {
-            each: sum(movable[each].get(entry, entry.host_bytes) for entry in each.entries.values()) for each in movable
-        }
+        here = self._here()
+        in_use = {each: sum(entries.values()) for each, entries in here.items()}
         own = _excess(in_use[space] + num_bytes, self._bounds.namespace_host)
         total = _excess(sum(in_use.values()) + num_bytes, self._bounds.host)
-        chosen, enough = leaving(space, movable, own, total)
+        chosen, enough = leaving(space, _movable(here, keep), own, total)
         if not enough:
             return False
         for each, entry in chosen:
@@ -294,6 +290,16 @@ class Tiers:
         # The bounds may be tighter than they were.
         for each in (None, *self._spaces.values()):
             self._make_disk_room(each, 0, self._clock + 1)
+
+
+def _movable(
+    here: Mapping[Namespace, Mapping[Entry, int]], keep: Collection[Entry]
+) -> dict[Namespace, dict[Entry, int]]:
+    """What of it may leave. Who holds or keeps an entry, does so with its ancestors, whose children leave first."""
+    return {
+        space: {entry: count for entry, count in entries.items() if not entry.holds and entry not in keep}
+        for space, entries in here.items()
+    }
 
 
 def _excess(num_bytes: int, bound: int | None) -> int:
