@@ -152,14 +152,16 @@ class PromptCache:
 
     def _load(self, path: Path, record: Record, parent: Payload | None) -> Payload:
         assert parent is None or isinstance(parent, CachedPrompt)
-        return CachedPrompt.load(path, parent, self._memory)
+        cached = CachedPrompt.load(path, parent, self._memory)
+        cached.key = record.key
+        return cached
 
     def read(self, prompt: Prompt, namespace: str, progress: Progress | None = None) -> Reading:
         """Read a prompt, with the help of what is cached in its namespace."""
         started_at = time.perf_counter()
         same = self.catalog.same(namespace, prompt.token_ids)
         if same is not None and (self._rotations is not None or not same.approximate):
-            with contextlib.suppress(EntryGoneError):
+            with contextlib.suppress(EntryGoneError, MemoryError):
                 return self._reopen(prompt, same, started_at)
         embedding = self._embedding(prompt)
         found, reason = self._find(prompt, namespace, embedding)
@@ -167,7 +169,7 @@ class PromptCache:
         if found is not None:
             try:
                 return self._rebuild(prompt, namespace, embedding, found, reason, seconds)
-            except EntryGoneError as error:
+            except (EntryGoneError, MemoryError) as error:
                 reason = str(error)
         return self._read_all(prompt, namespace, embedding, reason, seconds, progress)
 
@@ -292,7 +294,6 @@ class PromptCache:
     def _held(self, record: Record) -> Iterator[CachedPrompt]:
         with self.catalog.held(record) as payload:
             assert isinstance(payload, CachedPrompt)
-            payload.key = record.key
             yield payload
 
     def _find(self, prompt: Prompt, namespace: str, embedding: np.ndarray) -> tuple[_Found | None, str]:
