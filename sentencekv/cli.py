@@ -360,6 +360,8 @@ def explain(
     from sentencekv.reuse.prompt_cache import make_reuse_options
 
     options = make_reuse_options(given)
+    if options.fuzzy and not run:
+        raise ValueError("fuzzy=true compares the model's embeddings, which the tokenizer has not; add --run")
     trial = None
     if run:
         reusing = {"reuse": "similar", "reuse_options": given}

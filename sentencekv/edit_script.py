@@ -63,7 +63,7 @@ class _Excerpt:
 
     def __init__(self, *parts: tuple[str, str]) -> None:
         """`parts`: texts and their styles."""
-        self._parts = [(one_line(text) or ascii(text), style) for text, style in parts]
+        self._parts = [(one_line(text) or (ascii(text) if text else "(no characters)"), style) for text, style in parts]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         arrow = " -> "
@@ -274,7 +274,7 @@ def _trial(trial: Trial) -> RenderableType:
                 f"{format_seconds(reuse.seconds_to_read)}, {format_seconds(reuse.seconds_to_find)} of it to find A",
             ),
             ("in full", f"{format_seconds(trial.seconds_in_full)}, {times:.1f} times as long"),
-            ("divergence", f"{trial.divergence:.2g} nats from the full reading's next token"),
-            ("greedy", Text(agree, style="green" if agreeing == total else "yellow")),
+            ("divergence", f"{trial.divergence:.2g} nats (KL) from the full reading's next token"),
+            ("greedy tokens", Text(agree, style="green" if agreeing == total else "yellow")),
         ]
     )

@@ -177,8 +177,6 @@ def explain(
 
     Raises ValueError for `fuzzy` without embeddings.
     """
-    if options.fuzzy and embedding_VE is None:
-        raise ValueError("fuzzy matches are found by the model's embeddings, got none; load the model (--run)")
     alignment = align(
         donor.token_ids,
         prompt.token_ids,
@@ -200,7 +198,7 @@ def _outcomes(
     """Under `exact` and under `similar`; as `PromptCache` decides."""
     num_tokens = alignment.num_tokens
     if alignment.donor_tokens < LEAST_CACHED_TOKENS:
-        reason = f"the other has {alignment.donor_tokens} tokens, and below {LEAST_CACHED_TOKENS} nothing is cached"
+        reason = f"prompts of fewer than {LEAST_CACHED_TOKENS} tokens are not cached"
         return (Outcome("none", num_tokens, num_tokens, reason),) * 2
     if donor.token_ids == prompt.token_ids:
         return (Outcome("same", 0, 0, ""),) * 2

@@ -30,6 +30,7 @@ from triton_ops.linear import linear_triton
 from triton_ops.merge_attention import merge_attention_triton
 from triton_ops.move_kv import move_kv_triton
 from triton_ops.offload_kv import offload_kv_triton
+from triton_ops.pack_box import pack_box_triton, unpack_box_triton
 from triton_ops.positional_attention import positional_attention_triton
 from triton_ops.resolve_hot_set import resolve_hot_set_triton
 from triton_ops.rms_norm import rms_norm_triton
@@ -202,6 +203,11 @@ def encode_keys(shape: Shape) -> None:
         encode_keys_triton(key, torch.zeros(2, *key.shape[1:2], 2, shape.dim), torch.tensor([0, 32, 64]), bits=bits)
 
 
+def pack_box(shape: Shape) -> None:
+    low, high = torch.zeros(2, 4, shape.heads, shape.dim)
+    unpack_box_triton(pack_box_triton(low, high), shape.dim)
+
+
 def of_layer(shape: Shape, batch: int, num_out: int, num_in: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, weights and a norm of a linear layer."""
     x, weight, norm = torch.empty(batch, num_in), torch.empty(num_out, num_in), torch.empty(num_in)
@@ -260,6 +266,7 @@ OPS: dict[str, Callable[[Shape], None]] = {
         gather_kv,
         merge_attention,
         move_kv,
+        pack_box,
         offload_kv,
         positional_attention,
         summarize,

@@ -115,11 +115,11 @@ def _pack_box_kernel(
     largest = _up_kernel(tl.max(half, axis=0))
     unit = tl.maximum(tl.div_rn(largest.to(tl.float32), LARGEST_EXTENT * 1.0), 1.1754943508222875e-38)
     ratio = tl.div_rn(half, tl.broadcast_to(unit, half.shape))
-    level = tl.zeros((DIM_BLOCK,), tl.int32)
-    for i in tl.static_range(15):
-        # What the 16 half extents are: two of every power of two, but for the first.
-        extent: tl.constexpr = 0.0 if i == 0 else (1.0 + 0.5 * (i % 2)) * 2.0 ** (i // 2 - 1) if i > 1 else 0.5
-        level += tl.where(ratio > extent, 1, 0)
+    i = tl.arange(0, 16)
+    extent = (i << 9).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+    # How many of the half extents are too small; the last one never is.
+    too_small = (ratio[:, None] > extent[None, :]) & (i < 15)[None, :]
+    level = tl.sum(too_small.to(tl.int32), axis=1)
     byte = (number.to(tl.int32) + (MIDDLES + 1)) | (level << 4)
     packed_ptr += row * (DIM + SCALE_BYTES)
     tl.store(packed_ptr + (h % (DIM // 2)) * 2 + h // (DIM // 2), byte.to(tl.uint8), mask=h < DIM)
@@ -172,7 +172,7 @@ def _unpack_box_kernel(
     scale_ptr = (packed_ptr + DIM).to(tl.pointer_type(tl.float16))
     step, largest = tl.load(scale_ptr).to(tl.float32), tl.load(scale_ptr + 1).to(tl.float32)
     middle = ((byte & 15) - (MIDDLES + 1)).to(tl.float32) * step
-    extent = (((byte >> 4) << 9).to(tl.int16).to(tl.float16, bitcast=True)).to(tl.float32) * 16384.0
+    extent = ((byte >> 4) << 9).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
     half = extent * tl.div_rn(largest, LARGEST_EXTENT * 1.0)
     box_ptr += row * (2 * HEAD_DIM) + h
     tl.store(box_ptr, middle - half, mask=mask)

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 
 from eval import arguments
 from eval.reuse import arrive
@@ -48,13 +49,16 @@ PARTS: dict[str, str] = {
     "edits": "full,prefix,naive,rotation,value,fuzzy,default,random",
     "facts": "full,prefix,naive,rotation,first-4,value,fuzzy,default,answer-cache",
     "controls": "full,prefix,naive,fuzzy,default,answer-cache",
-    "arrivals": "full,prefix,fuzzy,default,answer-cache",
+    "arrivals": "full,prefix,fuzzy-or-full,default,answer-cache",
 }
 """Parts, and the methods that are asked if none are named."""
 
 _LONGEST_PASSAGES = 12 * PASSAGE_TOKENS
 """Room left in a text for its last passages, which are taken whole."""
 
+
+_WIDEST = 400
+"""Characters of a table's line."""
 
 _OTHER_SEED = 1_000_000
 """Of prose that has nothing to do with any text that prompts are made of."""
@@ -121,6 +125,9 @@ def main(
     ] = None,
     arriving: Annotated[int | None, typer.Option(min=1, help="The first so many of each task; default: all.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer to what arrives.")] = 64,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="What arrives is continued as plain text, though there is a chat template.")
+    ] = False,
     text: arguments.Texts = None,
     data: arguments.Data = None,
     seed: arguments.Seed = 0,
@@ -155,9 +162,16 @@ def main(
             if each == "arrivals":
                 assert data is not None
                 coming = _arrivals_of(chosen_tasks, data, arriving)
-                made: dict[str, Any] = {**common, "tasks": chosen_tasks, "arriving": arriving, "new_tokens": new_tokens}
+                made: dict[str, Any] = {
+                    **common,
+                    "tasks": chosen_tasks,
+                    "arriving": arriving,
+                    "new_tokens": new_tokens,
+                    "plain": plain,
+                }
                 done = _folder(folder, made, lm, coming)
-                arrive.run(reader, asked[each], coming, new_tokens, done)
+                chat = bool(lm.tokenizer.chat_template) and not plain
+                arrive.run(reader, asked[each], coming, done, max_new_tokens=new_tokens, chat=chat)
             else:
                 few = each in ("edits", "facts")
                 made = {
@@ -184,8 +198,8 @@ def show(done: RunFolder) -> None:
     done.finish(cells)
     console = Console()
     for table in tables(cells):
-        wanted = 4 + sum(max(14, len(str(column.header)) + 3) for column in table.columns)
-        console.width = max(console.width, wanted)  # into a file as well
+        wide = console.options.update(max_width=_WIDEST)
+        console.width = max(console.width, Measurement.get(console, wide, table).maximum)  # into a file as well
         console.print(table)
     failed = [row for row in done.rows if row["status"] != "ok"]
     if failed:

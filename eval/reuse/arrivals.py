@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from eval.reuse.pairs import Prompted
 from sentencekv.prompts import Message
 
@@ -57,10 +55,10 @@ def find(task: str, data: Path) -> Path:
     return paths[0]
 
 
-def prompt_of(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], answers: Sequence[str]) -> Prompted:
-    """The next turn after so many answers: in the chat template, or as plain text where there is none."""
+def prompt_of(turns: Sequence[str], answers: Sequence[str], *, chat: bool) -> Prompted:
+    """The next turn after so many answers: as chat messages, or as plain text that is to be continued."""
     said = [text for pair in zip(turns, answers, strict=False) for text in pair] + [turns[len(answers)]]
-    if not tokenizer.chat_template:
+    if not chat:
         return "\n\n".join(said) + "\n\n"
     messages: list[Message] = [
         {"role": "user" if number % 2 == 0 else "assistant", "content": text} for number, text in enumerate(said)

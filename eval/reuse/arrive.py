@@ -19,9 +19,15 @@ from sentencekv.prompts import Prompt
 
 
 def run(
-    reader: Reader, methods: Sequence[Method], arrivals: Sequence[Arrival], max_new_tokens: int, out: RunFolder
+    reader: Reader,
+    methods: Sequence[Method],
+    arrivals: Sequence[Arrival],
+    out: RunFolder,
+    *,
+    max_new_tokens: int,
+    chat: bool,
 ) -> None:
-    """Add the rows that are not there; `full` is the first of the methods.
+    """Add the rows that are not there; `full` is the first of the methods. `chat`: in the model's chat template.
 
     A task has a cache of its own for each method. One that stopped half-way is read again from its beginning, so that
     what comes later finds the caches as they were; only rows that are not there are added.
@@ -31,7 +37,7 @@ def run(
         progress = bar.add_task("", total=turns * len(methods))
         for task in dict.fromkeys(each.task for each in arrivals):
             same = [each for each in arrivals if each.task == task]
-            stream = _Stream(reader, methods, task, max_new_tokens, out)
+            stream = _Stream(reader, methods, task, out, max_new_tokens=max_new_tokens, chat=chat)
             if all(out.has(key) for each in same for turn in range(len(each.turns)) for key in stream.keys(each, turn)):
                 bar.advance(progress, sum(len(each.turns) for each in same) * len(methods))
                 continue
@@ -48,10 +54,17 @@ class _Stream:
     """The caches of one task, one for each method."""
 
     def __init__(
-        self, reader: Reader, methods: Sequence[Method], task: str, max_new_tokens: int, out: RunFolder
+        self,
+        reader: Reader,
+        methods: Sequence[Method],
+        task: str,
+        out: RunFolder,
+        *,
+        max_new_tokens: int,
+        chat: bool,
     ) -> None:
         self._reader, self._methods, self._task, self._out = reader, methods, task, out
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._chat = max_new_tokens, chat
         self._stored: list[Stored] = []
         self.clear()
 
@@ -61,7 +74,7 @@ class _Stream:
 
     def read(self, arrival: Arrival, turn: int, answers: Sequence[str]) -> str:
         """Read a prompt by every method and add its rows; full reading's answer, empty where there is none."""
-        prompt = self._reader.encode(prompt_of(self._reader.tokenizer, arrival.turns, answers))
+        prompt = self._reader.encode(prompt_of(arrival.turns, answers, chat=self._chat))
         last = turn == len(arrival.turns) - 1
         place: dict[str, Any] = {
             "task": self._task,

@@ -60,7 +60,7 @@ def facts(
                         max_new_tokens=ANSWER_TOKENS,
                         answers=(new[at].answer,),
                         donor_answers=(old[at].answer,),
-                        extra={"kind": old[at].kind},
+                        extra={"value": old[at].kind},
                     )
                 )
     return pairs

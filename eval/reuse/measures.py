@@ -60,11 +60,12 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """BLEU of all predictions together by `sacrebleu`, from 0 to 1; each has as many references as all others.
 
-    Raises ImportError where it is missing.
+    Where all are shorter than four words, only the n-grams that there are count. Raises ImportError where the package
+    is missing.
     """
     try:
         import sacrebleu
     except ImportError as error:
         raise ImportError("BLEU needs sacrebleu: pip install 'sentencekv[eval]'") from error
     streams = [list(stream) for stream in zip(*references, strict=True)]
-    return float(sacrebleu.corpus_bleu(list(predictions), streams).score) / 100
+    return float(sacrebleu.BLEU(effective_order=True).corpus_score(list(predictions), streams).score) / 100

@@ -54,6 +54,7 @@ _METHODS = (
     Method(name="attention", options={"score": "attention_deviation", **_SHARE}),
     Method(name="query", options={"score": "query_attention", **_SHARE}),
     Method(name="fuzzy", options={"fuzzy": True, "retention": 0.1, **_NOTHING_FIRST}),
+    Method(name="fuzzy-or-full", options={"fuzzy": True, "retention": 0.1, "first_tokens": 0}),
     Method(name=DEFAULT),
     Method(name="random", options={"score": "random", **_NOTHING_FIRST}, like=DEFAULT),
     Method(name="random-as-value", options={"score": "random", **_NOTHING_FIRST}, like="value"),
@@ -72,6 +73,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
     key, attention, query    the same number by other scores (`sentencekv.reuse.recompute.Recompute.score`)
     fuzzy            KV of similar tokens where there are no equal ones, a tenth of them computed at the last layer
                      (SemShareKV: Zhao and Mastorakis, 2025, arXiv:2509.24832)
+    fuzzy-or-full    the same, if it saves enough
     default          `reuse="similar"` as it is, fallback included
     random           as many tokens as `default` computes, all layers together, drawn at random
     random-as-value  as many as `value`

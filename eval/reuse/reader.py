@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from eval.reuse.methods import Method
 from eval.reuse.pairs import Prompted
@@ -62,7 +61,7 @@ class Read(NamedTuple):
     logits_LV: Tensor
     """Before each token of full reading's answer; float32."""
     answer: Answer | None
-    """If it was asked for."""
+    """None if it differs from full reading's and was not asked for."""
     reuse: Reuse
     seconds_to_cache: float
     """What caching it took, after the answer."""
@@ -82,11 +81,6 @@ class Reader:
         cache = self._engine.prompt_cache
         assert cache is not None
         self._cache = cache
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
-        return self._lm.tokenizer
 
     def encode(self, prompt: Prompted) -> Prompt:
         """As `LongContextLM.generate` does."""
@@ -136,17 +130,19 @@ class Reader:
         Args:
             full: of the same prompt.
             ratio: in place of the method's own.
-            max_new_tokens: of the answer, if one is wanted.
+            max_new_tokens: as of `full`, if the answer is wanted where it differs.
         """
         cache = self._under(method, ratio)
         started_at = time.perf_counter()
         reading = cache.read(prompt, namespace)
         int(reading.logits_V.argmax())
         seconds = time.perf_counter() - started_at
+        logits_LV = self._before_each(reading.session.fork(), reading.logits_V, full.answer.token_ids)
         answer = None
-        if max_new_tokens is not None:
-            answer = self._continued(reading.session.fork(), reading.logits_V, max_new_tokens)
-        logits_LV = self._before_each(reading.session, reading.logits_V, full.answer.token_ids)
+        if logits_LV.argmax(-1).tolist() == full.answer.token_ids:
+            answer = full.answer
+        elif max_new_tokens is not None:
+            answer = self._continued(reading.session, reading.logits_V, max_new_tokens)
         started_at = time.perf_counter()
         reuse = reading.finish(seconds)
         return Read(seconds, logits_LV, answer, reuse, time.perf_counter() - started_at)

@@ -47,11 +47,9 @@ def read_figures(read: Read, full: Full) -> Row:
     """Of reading by a method."""
     reuse = read.reuse
     kl, agreement, first_divergence = compare(full.logits_LV, read.logits_LV, full.answer.token_ids)
-    same = first_divergence == len(full.answer.token_ids)
-    answer = read.answer if read.answer is not None else full.answer if same else None
     computed = sum(reuse.computed_by_layer) / len(reuse.computed_by_layer)
     return {
-        "prediction": None if answer is None else answer.text,
+        "prediction": None if read.answer is None else read.answer.text,
         "context_tokens": reuse.prompt_tokens,
         "generated_tokens": len(full.answer.token_ids),
         "seconds_to_first_token": read.seconds,

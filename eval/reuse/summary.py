@@ -19,7 +19,7 @@ Cell = dict[str, Any]
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Of the share of a prompt's tokens that were reused."""
 
-_GROUPS = ("task", "place", "share", "kind", "ends", "turn")
+_GROUPS = ("task", "place", "share", "value", "ends", "turn")
 """Besides all rows together: a field of the row, or of its `extra`."""
 
 _RESAMPLES = 4000
@@ -172,12 +172,13 @@ def _quality(cells: Sequence[Cell]) -> Table:
         "fired",
         "computed",
         "KL mean",
+        "default's is higher by",
         "p95",
         "max",
         "agreement",
-        "default is better by",
+        "default's is higher by",
         "before divergence",
-        "default is better by",
+        "default's is higher by",
         "identical",
         "score",
         title="What reuse changes: beside full reading of the same prompts",
@@ -193,7 +194,9 @@ def _quality(cells: Sequence[Cell]) -> Table:
             str(cell["count"]),
             _percent(cell["fired"]),
             _percent(cell["computed_share"]),
-            *(_number(cell[name], ".5f") for name in ("kl_mean", "kl_p95", "kl_max")),
+            _number(cell["kl_mean"], ".5f"),
+            _interval(more["kl"], 1, 5),
+            *(_number(cell[name], ".5f") for name in ("kl_p95", "kl_max")),
             _percent(cell["agreement"], 1),
             _interval(more["agreement"]),
             _percent(cell["before_divergence"], 1),
@@ -303,7 +306,8 @@ def _number(value: float | None, form: str, scale: float = 1) -> str:
     return "-" if value is None else format(scale * value, form)
 
 
-def _interval(found: Mapping[str, float] | None) -> str:
-    return (
-        "-" if found is None else f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
-    )
+def _interval(found: Mapping[str, float] | None, scale: float = 100, decimals: int = 1) -> str:
+    if found is None:
+        return "-"
+    mean, low, high = (f"{scale * found[name]:+.{decimals}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
