@@ -64,14 +64,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def make_prompts(
     vocabulary: int, num_tokens: int, share: float, paragraph_tokens: int, seed: int
 ) -> tuple[Prompt, Prompt, Prompt]:
-    """A cached prompt, one with a share of its paragraphs in another order and the others in other words, each token's
-    neighbour in place of it, and one that has nothing in common."""
+    """A cached prompt, one with a share of its paragraphs in another order and the others where they were in other
+    words, each token's neighbour in place of it, and one that has nothing in common."""
     rng = np.random.default_rng(seed)
     count = -(-num_tokens // paragraph_tokens)
     old, strange = (rng.integers(0, vocabulary, (count, paragraph_tokens)) for _ in range(2))
-    num_shared = round(share * count)
-    mixed = [old[i] if number < num_shared else old[i] ^ 1 for number, i in enumerate(rng.permutation(count))]
-    mixed = [mixed[i] for i in rng.permutation(count)]
+    moved, mixed = rng.permutation(count)[: round(share * count)], old ^ 1
+    mixed[np.sort(moved)] = old[moved]
 
     def prompt(paragraphs: Any) -> Prompt:
         ids = np.concatenate(list(paragraphs))[:num_tokens]

@@ -169,9 +169,12 @@ def reuse_settings(mode: str | None, folder: str | None, loaded: LoadedText | No
         return {}
     if loaded is None:
         raise ValueError("a saved document is not read again, so nothing of it can be reused; leave out --reuse-folder")
+    path = os.path.expanduser(folder)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"--reuse-folder must name a folder, and {folder!r} is a file; name another, which is made")
     if mode != "off":
         check_can_reuse()
-    return {"reuse": mode or "exact", "reuse_folder": folder}
+    return {"reuse": mode or "exact", "reuse_folder": path}
 
 
 def check_can_reuse() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,12 @@ def forward(
     return logits
 
 
+def _layer_number(module: nn.Module) -> int | None:
+    """Of a decoder layer: its attention's; None for other modules."""
+    numbers: list[Any] = [child.layer_idx for child in module.children() if hasattr(child, "layer_idx")]
+    return numbers[0] if numbers else None
+
+
 class Attends(Protocol):
     """What a model's attention function hands queries, keys and values to."""
 
@@ -207,7 +213,7 @@ def dropping_rows(model: PreTrainedModel, kept_by: Callable[[int], Tensor | None
 
     def drop(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         nonlocal kept
-        row_L = kept_by(layer.self_attn.layer_idx)
+        row_L = kept_by(cast(int, _layer_number(layer)))
         if row_L is not None:
             kept = row_L if kept is None else kept[row_L]
             if arguments:
@@ -223,7 +229,7 @@ def dropping_rows(model: PreTrainedModel, kept_by: Callable[[int], Tensor | None
             changed["position_ids"] = keywords["position_ids"][:, kept]
         return arguments, {**keywords, **changed}
 
-    layers = [each for each in model.modules() if hasattr(getattr(each, "self_attn", None), "layer_idx")]
+    layers = [module for module in model.modules() if _layer_number(module) is not None]
     handles = [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in layers]
     try:
         yield

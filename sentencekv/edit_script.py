@@ -5,6 +5,7 @@ Every kind of token has a colour and a sign; where there are no colours, signs s
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
@@ -159,10 +160,14 @@ def _legend(explanation: Explanation) -> RenderableType:
     total = explanation.alignment.num_tokens
     for kind, count in explanation.counts().items():
         if count:
-            share = Text("" if kind == "gone" else f"{count / total:.0%}", style="dim")
+            share = Text("" if kind == "gone" else _share(count, total), style="dim")
             look, style = _LOOKS[kind], _SIGN_STYLES[kind]
             grid.add_row(Text(f"{look.sign} {kind}", style=style), f"{count:,}", share, Text(look.meaning, style="dim"))
     return Padding(grid, (0, 0, 0, 3))
+
+
+def _share(count: int, total: int) -> str:
+    return "<1%" if 0 < count < 0.005 * total else f"{count / total:.0%}"
 
 
 def _script(explanation: Explanation, full: bool) -> RenderableType:
@@ -249,12 +254,12 @@ def _outcome_text(outcome: Outcome, num_tokens: int) -> Text:
         return Text.assemble(f"computes all {plural(num_tokens, 'token')}: ", (outcome.reason, "yellow"))
     if outcome.kind == "same":
         return Text("computes nothing: A is the same prompt", style="green")
-    share = f"{outcome.computed_tokens / num_tokens:.0%}" if outcome.computed_tokens else "nothing"
+    share = _share(outcome.computed_tokens, num_tokens)
     computed = f"computes {outcome.computed_tokens:,} of {plural(num_tokens, 'token')} ({share})"
     if outcome.cost_tokens != outcome.computed_tokens:
         computed = (
             f"computes {outcome.computed_tokens:,} of {plural(num_tokens, 'token')} at the first layer, fewer at later "
-            f"ones: as much work as {outcome.cost_tokens:,} ({outcome.cost_tokens / num_tokens:.0%})"
+            f"ones: as much work as {outcome.cost_tokens:,} ({_share(outcome.cost_tokens, num_tokens)})"
         )
     what = "an approximation" if outcome.kind == "similar" else "the shared beginning is reused, exactly"
     text = Text.assemble((computed, "green"), f"; {what}")
@@ -268,7 +273,8 @@ def _trial(trial: Trial) -> RenderableType:
     agree = f"the first {total} are the same" if agreeing == total else f"the first {agreeing} of {total} are the same"
     return key_values(
         [
-            ("reused", reuse_line(reuse)),
+            # What it saves was measured here, and need not be estimated.
+            ("reading", reuse_line(dataclasses.replace(reuse, seconds_saved=None))),
             (
                 "time",
                 f"{format_seconds(reuse.seconds_to_read)}, {format_seconds(reuse.seconds_to_find)} of it to find A",

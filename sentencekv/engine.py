@@ -127,6 +127,7 @@ class Engine:
             self.session,
             owner=hashlib.sha256(owner.encode()).hexdigest(),
             chunk_tokens=self.chunk_tokens,
+            embed=self.config.reuse_embedding,
         )
 
     @property

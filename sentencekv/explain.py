@@ -119,7 +119,7 @@ class Explanation:
         return dict(zip(KINDS, counts, strict=True))
 
     def text(self, run: Run) -> str:
-        """The characters of a run, with what stands before its next token."""
+        """The characters of a run, with what no token has before it."""
         return text_of(self.donor if run.kind == "gone" else self.prompt, run.start, run.stop)
 
 
@@ -140,7 +140,7 @@ def _first_char(prompt: Prompt, token: int) -> int:
     if token == len(prompt.spans):
         return len(prompt.text)
     # Special tokens have no characters: their spans are (0, 0), wherever they stand.
-    return int(prompt.spans[: token + 1, 0].max()) if token else 0
+    return int(prompt.spans[:token, 1].max()) if token else 0
 
 
 def explain_texts(
@@ -262,7 +262,8 @@ def try_out(lm: LongContextLM, explanation: Explanation, num_tokens: int = COMPA
     What follows is decoded exactly, so that all that differs is the reading. On a GPU everything is done twice, since
     the first time compiles kernels and pins memory.
 
-    Raises ValueError or MemoryError if prompts and `num_tokens` more do not fit the model or host memory.
+    `lm` caches prompts, none so far; it is closed in the end, and can be used again. Raises ValueError or MemoryError
+    if the prompts and `num_tokens` more do not fit the model or host memory.
     """
     engine = lm._engine
     donor, prompt = explanation.donor, explanation.prompt

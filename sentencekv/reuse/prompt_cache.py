@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from sentencekv.reuse.recompute import Plan, Rebuilt, Recompute, plan, rebuild
 from sentencekv.reuse.report import Reuse
 from sentencekv.rope import Rotation, rotations
 from sentencekv.session import Session
+
+_LOG = logging.getLogger(__name__)
 
 DEFAULT_NAMESPACE = "default"
 _CANDIDATES = 3
@@ -86,6 +89,15 @@ class Reading(NamedTuple):
     """Caches the prompt, if that helps others, and says what was reused. Called once, after the answer, with the
     seconds
     that reading took: what it costs is not part of them."""
+
+
+@contextlib.contextmanager
+def _for_want_of_room() -> Iterator[None]:
+    """An answer is not lost because its prompt cannot be cached."""
+    try:
+        yield
+    except (MemoryError, OSError, EntryGoneError) as error:
+        _LOG.warning("the prompt is not cached: %s", error)
 
 
 class _Found(NamedTuple):
@@ -188,7 +200,8 @@ class PromptCache:
 
         def finish(seconds_to_read: float) -> Reuse:
             self._seconds_per_token = (seconds_to_read - seconds_to_find) / num_tokens
-            self._keep(prompt, namespace, embedding, session, logits_V)
+            with _for_want_of_room():
+                self._keep(prompt, namespace, embedding, session, logits_V)
             num_layers = len(session.state().recent)
             return self._report(
                 prompt, "none", reason, seconds_to_find, seconds_to_read, computed_by_layer=(num_tokens,) * num_layers
@@ -241,10 +254,11 @@ class PromptCache:
 
         def finish(seconds_to_read: float) -> Reuse:
             computed_of_layer = {layer: at.cpu().numpy() for layer, at in rebuilt.computed_of_layer.items()}
-            if approximate:
-                self._keep_edit(prompt, namespace, embedding, session, logits_V, record, planned, computed_of_layer)
-            else:
-                self._keep(prompt, namespace, embedding, session, logits_V, record, alignment.num_prefix)
+            with _for_want_of_room():
+                if approximate:
+                    self._keep_edit(prompt, namespace, embedding, session, logits_V, record, planned, computed_of_layer)
+                else:
+                    self._keep(prompt, namespace, embedding, session, logits_V, record, alignment.num_prefix)
             first_layer = computed_of_layer[min(computed_of_layer)]
             num_again = int(np.count_nonzero(planned.source_T[first_layer] >= 0))
             return self._report(

@@ -40,6 +40,8 @@ SCORES: tuple[Score, ...] = (
 )
 _ASKING_TOKENS = 32
 """Last tokens of a prompt, whose attention says which tokens matter."""
+_LOOKED_AT = 4
+"""Layers at which the error of what is reused is estimated, about."""
 _CHUNK_TOKENS = 65536
 """Tokens whose KV is on the device together, one layer at a time."""
 _LATER_BYTES = 1 << 30
@@ -59,6 +61,10 @@ class Recompute:
 
     target_error: float | None = None
     """In place of a ratio: as many as bring the mean relative error of the others, at `check_layer`, below this."""
+
+    attention_recovery: float | None = None
+    """In place of a ratio: as many of the tokens with most `query_attention` as get this share of it together (the hot
+    tokens of SemShareKV)."""
 
     score: Score = "value_deviation"
     """`value_deviation`, `key_deviation`: how far a token's value or key is from the cached one (CacheBlend's choice is
@@ -94,11 +100,17 @@ class Recompute:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {self.score!r}")
         if self.target_error is not None and self.score not in ("value_deviation", "key_deviation"):
             raise ValueError("target_error needs a score that measures an error: value_deviation or key_deviation")
+        if self.attention_recovery is not None:
+            if not 0 < self.attention_recovery < 1:
+                raise ValueError(f"attention_recovery must be between 0 and 1, got {self.attention_recovery}")
+            if self.score != "query_attention" or self.target_error is not None:
+                raise ValueError("attention_recovery needs score='query_attention', and no target_error")
 
     @property
     def chooses(self) -> bool:
         """Whether tokens are chosen by what is computed of them."""
-        return self.score != "random" and (self.ratio > 0 or self.target_error is not None)
+        counts = (self.ratio > 0, self.target_error is not None, self.attention_recovery is not None)
+        return self.score != "random" and any(counts)
 
 
 class Rebuilt(NamedTuple):
@@ -125,7 +137,7 @@ class Plan(NamedTuple):
     fuzzy_T: np.ndarray
     """Have rows of other, similar tokens: computed at early layers, and at fewer and fewer of the later ones."""
 
-    def starts_T(self, options: Recompute) -> np.ndarray:
+    def starts_T(self, options: Recompute) -> np.ndarray:  # noqa: N802 it returns a tensor of shape T
         """Those that are computed at the first layer."""
         started_T = self.computed_T | self.fuzzy_T
         return started_T | self.optional_T if options.chooses else started_T
@@ -135,7 +147,8 @@ class Plan(NamedTuple):
         shrinking = options.retention
         mean = 1.0 if shrinking == 1.0 else (shrinking - 1) / math.log(shrinking)
         early = min((options.check_layer + 1) / num_layers, 1.0)
-        chosen = (0.5 if options.target_error is not None else options.ratio) if options.chooses else 0.0
+        unknown = options.target_error is not None or options.attention_recovery is not None
+        chosen = 0.5 if unknown else options.ratio
         cost = float(self.computed_T.sum()) + float(self.fuzzy_T.sum()) * (early + (1 - early) * mean)
         if options.chooses:
             cost += float(self.optional_T.sum()) * (early + (1 - early) * mean * chosen)
@@ -260,8 +273,7 @@ class _Part:
         self._start, self._num_rows = start, stop - start
         self._layers = list(layers)
         at = self.started.numpy()
-        self._row_L = to_device(self.started - start, device)
-        """Of the part's tokens, those that are computed from here on."""
+        self._compute(to_device(self.started - start, device))
         # Tokens that must be computed come out on top of any choice among all.
         self._must_L = to_device(torch.from_numpy(planned.computed_T[at]), device, torch.bool)
         reused_L = planned.source_T[at] >= 0
@@ -270,11 +282,19 @@ class _Part:
         num_fuzzy = int(planned.fuzzy_T[at].sum())
         self._num_optional = len(at) - self._num_must - num_fuzzy
         self._num_chosen = round(options.ratio * self._num_optional) + num_fuzzy
+        self._drops = len(at) > self._num_must
+        every = max(len(self._layers) // _LOOKED_AT, 1)
+        self._looked_at = set(self._layers[1::every])
+        """Layers at which cached rows are compared with computed ones, where nothing is chosen by that."""
         self._kept_L: Tensor | None = None
         """Of the rows of the layer that ran last, those that go on."""
         self._later = later
         num_buffers = len(self._layers) if later else 2
         self._ahead = _Ahead(mover, self._layers, num_buffers, device) if device.type == "cuda" else None
+
+    def _compute(self, row_L: Tensor) -> None:
+        """Have these of the part's tokens computed from here on."""
+        self._row_L, self._position_L, self._computed_L = row_L, row_L.to(torch.int32), row_L + self._start
 
     def attend(
         self,
@@ -291,13 +311,13 @@ class _Part:
         assert sliding_window is None, "rows of sliding-window layers are not kept"
         new_NLH = torch.stack([k_NLH, v_NLH], dim=2)
         kv_NTH = self._moved(layer)
-        cached_NLH = kv_NTH[:, self._row_L] if self._reused_L is not None else None
+        looks = self._reused_L is not None and (self._drops or layer in self._looked_at)
+        cached_NLH = kv_NTH[:, self._row_L] if looks else None
         kv_NTH.index_copy_(1, self._row_L, new_NLH)
-        position_L = self._row_L.to(torch.int32)
         output_ALH = self._session.attend_some(
-            layer, q_ALH, kv_NTH, position_L, scale=scale, softcap=softcap, later=self._later
+            layer, q_ALH, kv_NTH, self._position_L, scale=scale, softcap=softcap, later=self._later
         )
-        self.computed_of_layer[layer] = self._row_L + self._start
+        self.computed_of_layer[layer] = self._computed_L
         if cached_NLH is not None:
             self._look_at(layer, q_ALH, new_NLH, cached_NLH, kv_NTH, scale)
         if self._ahead is not None:
@@ -347,13 +367,17 @@ class _Part:
         score_L = self._scores(q_ALH, squares_L2, kv_NTH, scale).masked_fill(self._must_L, torch.inf)
         if at == options.check_layer and options.target_error is not None:
             self._num_chosen = self._enough(score_L, squares_L2, norms_L2)
+        if at == options.check_layer and options.attention_recovery is not None:
+            self._num_chosen = self._hot(score_L, options.attention_recovery)
         depth = (at - options.check_layer) / max(len(self._layers) - 2 - options.check_layer, 1)
-        count = self._num_must + round(self._num_chosen * options.retention**depth)
+        # Layers need a token, also where a part of the prompt has none that must be computed.
+        count = max(self._num_must + round(self._num_chosen * options.retention**depth), 1)
         if count >= len(score_L):
             return
         kept_L = score_L.topk(count, sorted=False).indices.sort().values
         self._kept_L = kept_L
-        self._row_L, self._must_L = self._row_L[kept_L], self._must_L[kept_L]
+        self._compute(self._row_L[kept_L])
+        self._must_L = self._must_L[kept_L]
         assert self._reused_L is not None
         self._reused_L = self._reused_L[kept_L]
 
@@ -376,15 +400,23 @@ class _Part:
         weight_T = logit_ALT.masked_fill(~seen_LT, -torch.inf).softmax(-1).sum((0, 1))
         return weight_T[self._row_L]
 
+    def _hot(self, score_L: Tensor, share: float) -> int:
+        """How many of the tokens with the highest scores have this share of all, but for those that must be computed."""
+        falling_L = score_L.sort(descending=True).values[self._num_must :]
+        missing_L = falling_L.cumsum(0) < share * falling_L.sum()
+        return min(int(missing_L.sum()) + 1, len(falling_L))
+
     def _enough(self, score_L: Tensor, squares_L2: Tensor, norms_L2: Tensor) -> int:
         """How many of the optional tokens to compute, so that those left have a mean error below the target."""
         side = 0 if self._options.score == "key_deviation" else 1
         error_L = (squares_L2[:, side] / norms_L2[:, side].clamp_min(1e-30)).sqrt()
+        assert self._options.target_error is not None
         num_choices = len(score_L) - self._num_must
         order_L = score_L.argsort()[:num_choices]  # the least first, those that must be computed left out
-        mean_L = error_L[order_L].cumsum(0) / torch.arange(1, num_choices + 1, device=order_L.device)
-        assert self._options.target_error is not None
-        return num_choices - int((mean_L < self._options.target_error).sum())
+        count_L = torch.arange(1, num_choices + 1, device=order_L.device)
+        below_L = error_L[order_L].cumsum(0) / count_L < self._options.target_error
+        # The mean need not rise with the score, so the longest beginning counts.
+        return num_choices - int((below_L * count_L).max())
 
 
 class _Ahead:
