@@ -246,6 +246,153 @@ class TestRead:
         assert out == run("ask", text, "Who?", *options, "--max-new-tokens", 6)[1]
 
 
+class TestReuse:
+    @pytest.fixture
+    def texts(self, text: Path, tmp_path: Path) -> tuple[Path, Path]:
+        """A text, and the same with its paragraphs in another order."""
+        paragraphs = text.read_text(encoding="utf-8").split("\n\n")
+        half = len(paragraphs) // 2
+        moved = tmp_path / "moved.txt"
+        moved.write_text("\n\n".join([*paragraphs[half:], *paragraphs[:half]]), encoding="utf-8")
+        return text, moved
+
+    def test_a_folder_spares_the_next_process_the_reading(
+        self, run: Run, model: str, texts: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        options = ("--model", model, "--max-new-tokens", 6, "--budget", 128)
+        first, moved = texts
+        plain = run("ask", first, "Who?", *options)[1]
+        for mode, path, expected in (
+            (None, first, r"reused nothing: nothing like it is cached"),
+            (None, first, r"reused all [\d,]+ tokens: the same text was read before"),
+            ("exact", moved, r"reused nothing: [\d,]+ of [\d,]+ tokens would be computed anyway"),
+            ("similar", moved, r"reused all [\d,]+ tokens"),
+        ):
+            reuse = ("--reuse-folder", tmp_path / "cache", *(() if mode is None else ("--reuse", mode)))
+            status, out, err = run("ask", path, "Who?", *options, *reuse)
+            assert status == 0, err
+            assert re.search(expected, " ".join(err.split())), (mode, err)
+            assert re.search(r"^read .*: [\d,]+ tokens in ", err, re.MULTILINE)
+            if path == first:
+                assert out == plain
+
+    def test_similar_texts(self, run: Run, model: str, texts: tuple[Path, Path], tmp_path: Path) -> None:
+        options = ("--model", model, "--max-new-tokens", 4, "--budget", 128, "--reuse-folder", tmp_path / "cache")
+        assert run("ask", texts[0], "Who?", *options)[0] == 0
+        status, _, err = run("ask", texts[1], "Who?", *options, "--reuse", "similar")
+        assert status == 0
+        line = " ".join(err.split())
+        found = re.search(
+            r"reused ([\d,]+) of ([\d,]+) tokens of a similar text \(([\d,]+) moved\), computed ([\d,]+): an "
+            r"approximation, estimated error [\d.]+%",
+            line,
+        )
+        assert found
+        reused, total, moved, computed = (int(number.replace(",", "")) for number in found.groups())
+        assert reused + computed == total
+        assert 0 < computed < moved < total
+        status, out, _ = run("ask", texts[1], "Who?", *options, "--reuse", "similar", "--json")
+        reuse = json.loads(out)["reuse"]
+        assert (reuse["kind"], reuse["approximate"], reuse["prompt_tokens"]) == ("same", True, total)
+        # What is an approximation serves nobody who did not ask for one.
+        assert "reused nothing" in run("ask", texts[1], "Who?", *options)[2]
+
+    def test_chat(self, run: Run, model: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        longer = tmp_path / "longer.txt"
+        longer.write_text(text.read_text(encoding="utf-8") + "\nNobody came after that.", encoding="utf-8")
+        options = ("--model", model, "--max-new-tokens", 4, "--budget", 128, "--reuse-folder", tmp_path / "cache")
+        for path, expected in (
+            (text, "reused nothing"),
+            (longer, r"reused the first [\d,]+ of [\d,]+ tokens, computed"),
+        ):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n/stats\n"))
+            status, _, err = run("chat", path, *options)
+            assert status == 0
+            assert re.search(rf"^{expected}", err, re.MULTILINE)
+            assert re.search(rf"^  the text +{expected}", err, re.MULTILINE)
+
+    def test_an_interrupted_answer_leaves_no_trace(
+        self, run: Run, model: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(_stream: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "write_answer", interrupt)
+        status, _, err = run("ask", text, "Who?", "--model", model, "--reuse-folder", tmp_path / "cache")
+        assert status == 130
+        assert err.splitlines()[-1] == "interrupted; nothing was written"
+        assert not list((tmp_path / "cache").rglob("*.payload"))
+
+    def test_explain(self, run: Run, model: str, texts: tuple[Path, Path]) -> None:
+        status, out, err = run("reuse", "explain", texts[0], f"@{texts[1]}", "--model", model)
+        assert status == 0
+        assert err == ""
+        for expected in (" operations from A to B", "reuse=off ", "reuse=exact ", "reuse=similar ", "> moved "):
+            assert expected in out
+        assert not CONTROL_CODE.search(out)
+        assert max(map(len, out.splitlines())) <= 100
+
+    def test_explain_needs_no_weights(self, run: Run, model: str, texts: tuple[Path, Path], tmp_path: Path) -> None:
+        shutil.copytree(model, tmp_path / "model")
+        (tmp_path / "model" / "model.safetensors").unlink()
+        assert run("reuse", "explain", *texts, "--model", tmp_path / "model")[0] == 0
+
+    def test_explain_texts(self, run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        long_text = "It rained for a week. " * 40 + "~\0"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"It rained. Then it stopped.")))
+        status, out, err = run("reuse", "explain", long_text, "-", "--model", model, "--json")
+        assert status == 0
+        assert err == ""
+        found = json.loads(out)
+        assert (found["donor"], found["prompt"]) == ("the text itself", "standard input")
+        assert "".join(each["text"] for each in found["operations"]) == "It rained. Then it stopped."
+        status, out, err = run("reuse", "explain", "no.txt", "It rained.", "--model", model)
+        assert status == 0
+        assert "there is no file 'no.txt', so this is taken as the text itself" in err
+
+    def test_explain_and_run(self, run: Run, model: str, texts: tuple[Path, Path]) -> None:
+        explain = ("reuse", "explain", *texts, "--model", model, "--run")
+        status, out, _ = run(*explain)
+        assert status == 0
+        assert re.search(r"reused [\d,]+ of [\d,]+ tokens of a similar text", " ".join(out.split()))
+        assert re.search(r"^  divergence +[\d.e-]+ nats", out, re.MULTILINE)
+        status, out, _ = run(*explain, "--json", "--reuse-option", "min_gain=0.99")
+        found = json.loads(out)
+        assert found["run"]["reuse"]["kind"] == found["similar"]["kind"] == "none"
+        assert found["run"]["reuse"]["reason"] == found["similar"]["reason"] != ""
+        assert found["run"]["divergence"] < 1e-9
+        fuzzy = ("--reuse-option", "fuzzy=true", "--reuse-option", "retention=0.1", "--json")
+        assert json.loads(run(*explain, *fuzzy)[1])["run"]["reuse"]["kind"] == "similar"
+
+    def test_asked_wrongly(
+        self, fails: Callable[..., str], model: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ask, explain = ("ask", text, "Who?"), ("reuse", "explain", text, text)
+        assert "--reuse similar needs --reuse-folder" in fails(2, *ask, "--reuse", "similar")
+        assert "is a file" in fails(2, *ask, "--reuse-folder", text)
+        folder = ("--reuse-folder", tmp_path / "cache")
+        assert "'exact' or 'similar', got 'fast'" in fails(2, *ask, *folder, "--reuse", "fast")
+        assert "needs kv_dtype='auto'" in fails(2, *ask, *folder, "--kv-dtype", "int8")
+        assert "not both" in fails(2, "reuse", "explain", "-", "-")
+        assert "a prompt is empty" in fails(2, "reuse", "explain", text, " ")
+        assert "no file or directory 'nowhere'" in fails(2, "reuse", "explain", text, "@nowhere")
+        assert "must be NAME=VALUE, got 'ratio'" in fails(2, *explain, "--reuse-option", "ratio")
+        assert "unknown reuse option 'size'" in fails(2, *explain, "--reuse-option", "size=3")
+        fuzzy = ("--reuse-option", "fuzzy=true", "--reuse-option", "retention=0.1")
+        assert "add --run" in fails(2, *explain, *fuzzy)
+        assert "cannot load a tokenizer from" in fails(1, *explain, "--model", tmp_path)
+        assert "No such command 'stats'" in fails(2, "reuse", "stats")
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        for args in ((*ask, *folder), (*explain, "--run")):
+            assert 'pip install "sentencekv[reuse]"' in fails(2, *args, "--model", "nowhere")
+
+    def test_saved_documents(self, run: Run, fails: Callable[..., str], model: str, text: Path, tmp_path: Path) -> None:
+        saved = tmp_path / "a"
+        assert run("read", text, saved, "--model", model)[0] == 0
+        assert "leave out --reuse-folder" in fails(2, "ask", saved, "Who?", "--reuse-folder", tmp_path / "cache")
+        assert "prompts are compared as texts" in fails(2, "reuse", "explain", text, saved)
+
+
 class TestDemo:
     def test_wrong_answers(self, run: Run, model: str) -> None:
         status, out, err = run("demo", "--model", model, "--tokens", 1200, "--facts", 2, "--budget", 256)

@@ -6,7 +6,7 @@ the new one has some of them elsewhere.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,19 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sentencekv import policies
-from sentencekv.attention import run_model
+from sentencekv.attention import forward, run_model
 from sentencekv.config import Config
 from sentencekv.exact import exact_attention_ref
 from sentencekv.fused import FusedLayers
+from sentencekv.loading import load_model
 from sentencekv.memory import HostMemory
 from sentencekv.prompts import Prompt
+from sentencekv.prose import generate_prose
 from sentencekv.reading import read
 from sentencekv.reuse import recompute
 from sentencekv.reuse.kept import Kept
 from sentencekv.reuse.match import Alignment, Match, align
 from sentencekv.reuse.recompute import SCORES, Plan, Rebuilt, Recompute, plan, rebuild
 from sentencekv.reuse.rows import PackedRows, Rows, take
-from sentencekv.rope import rotations
+from sentencekv.rope import Rotation, rotations
 from sentencekv.session import Session
 from tests.conftest import ARCHITECTURES, SLIDING, VOCABULARY, make_model
 
@@ -65,7 +67,7 @@ class Reader:
         self.model = model.eval()
         self.layers = FusedLayers(model, force=fused)
         self.memory = HostMemory(None, pinned=model.device.type == "cuda")
-        self.rotations = rotations(model)
+        self.rotations: Mapping[int, Rotation] | None = rotations(model)
 
     def session(self) -> Session:
         return Session(CONFIG, policies.load("codes"), self.memory, self.model.device)
@@ -317,9 +319,7 @@ class TestChoice:
         _, rebuilt = reader.edited(MOVED, first_tokens=4, ratio=0.25, score="random")
         assert counts(rebuilt) == [self.NUM_MUST + round(0.25 * self.NUM_OPTIONAL)] * LAYERS
 
-    @pytest.mark.parametrize(
-        "options", [{"ratio": 0.6}, {"ratio": 0.6, "retention": 0.1}], ids=str
-    )
+    @pytest.mark.parametrize("options", [{"ratio": 0.6}, {"ratio": 0.6, "retention": 0.1}], ids=str)
     def test_sets_are_nested(self, options: dict[str, Any], reader: Reader) -> None:
         """What must be computed is in all of them."""
         chosen = Recompute(first_tokens=4, **options)
@@ -385,7 +385,15 @@ class _SlowTwin:
         self._spliced, self._rebuilt = spliced, rebuilt
 
     def attend(
-        self, layer: int, q_ALH: Tensor, k_NLH: Tensor, v_NLH: Tensor, *, scale: float, softcap: float | None = None, **_: Any
+        self,
+        layer: int,
+        q_ALH: Tensor,
+        k_NLH: Tensor,
+        v_NLH: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        **_: Any,
     ) -> Tensor:
         kv_NTH = self._spliced[layer].clone()
         position_L = self._rebuilt.computed_of_layer[layer]
@@ -474,14 +482,21 @@ class TestScores:
         assert len(set(chosen.values())) == len(SCORES)
 
     def test_target_error(self, reader: Reader) -> None:
-        """The mean error of those left is below it, at the layer where they are measured; a stricter one leaves fewer."""
-        error_T = measured(reader, 1).error_T.cpu()
+        """The mean error of those left is below it, where they are measured; a stricter one leaves fewer."""
+        found = measured(reader, 1)
+        error_T = found.error_T.cpu()
         planned = plan(aligned(DONOR, MOVED), Recompute(first_tokens=4))
         optional = np.flatnonzero(planned.optional_T)
         must = set(np.flatnonzero(planned.computed_T).tolist())
-        low, high = float(error_T[optional].min()), float(error_T[optional].mean())
+        # The least by score come first, and what they are off by, as a share of what they are, need not rise.
+        ordered = optional[np.argsort(found.value_T.cpu()[optional].numpy())]
+        means = error_T[ordered].double().cumsum(0) / torch.arange(1, len(ordered) + 1)
+        dips = [float(means[i - 1 : i + 1].mean()) for i in range(1, len(means)) if means[i] < means[i - 1]]
+        assert dips
+        low, high = float(error_T[optional].min()), float(means[-1])
+        targets = sorted([*np.linspace(0.9 * low, 1.01 * high, 12).tolist(), *dips[:4]])
         numbers = []
-        for target in np.linspace(0.9 * low, 1.01 * high, 12).tolist():
+        for target in targets:
             _, rebuilt = reader.edited(MOVED, first_tokens=4, target_error=target)
             sets = computed(rebuilt)
             assert sets[0] == sets[1] == must | set(optional.tolist())
@@ -491,7 +506,7 @@ class TestScores:
             assert not left or float(error_T[left].mean()) < target
         assert numbers == sorted(numbers)
         assert numbers[0] == 0
-        assert 0 < numbers[6] < numbers[-1] == len(optional)
+        assert 0 < numbers[len(numbers) // 2] < numbers[-1] == len(optional)
 
 
 class TestError:
@@ -536,9 +551,12 @@ class TestChunks:
         whole, want = reader.edited(ids, first_tokens=0)
         runs: list[int] = []
         run = recompute.run_model
-        monkeypatch.setattr(
-            recompute, "run_model", lambda *given, **more: runs.append(len(given[1])) or run(*given, **more)
-        )
+
+        def counted(model: PreTrainedModel, ids_L: Tensor, *given: Any, **more: Any) -> Tensor:
+            runs.append(len(ids_L))
+            return run(model, ids_L, *given, **more)
+
+        monkeypatch.setattr(recompute, "run_model", counted)
         ours, rebuilt = reader.edited(ids, first_tokens=0)
         assert runs == [5, 1]
         assert computed(rebuilt) == computed(want) == [{*range(120, 125), len(ids) - 1}] * LAYERS
@@ -597,38 +615,32 @@ class TestPositions:
             assert torch.equal(our_kv, wanted_kv)
 
 
+@pytest.fixture(scope="module")
+def divergences() -> Callable[..., float]:
+    """Mean KL to full prefill of what follows a prompt of prose, in nats, under options; with the pocket model."""
+    model, tokenizer = load_model("pocket", device="cpu", dtype="float32", tokenizer=None)
+    pocket = Reader(model)
+    donor = tokenizer(generate_prose(500, seed=3)).input_ids[:420]
+    paragraphs = [donor[start : start + 70] for start in range(0, 420, 70)]
+    mixed = [token for i in (0, 3, 5, 1, 4, 2) for token in paragraphs[i]]
+    kept = pocket.kept(donor)
+
+    def following(session: Session) -> Tensor:
+        logits_LV = forward(model, [paragraphs[3][:24]], [session], exact=True, all_logits=True)
+        return logits_LV.double().log_softmax(-1)
+
+    truth_LV = following(pocket.full(mixed)[0])
+
+    def of(**options: Any) -> float:
+        chosen = Recompute(**options)
+        session, _ = pocket.rebuild(mixed, plan(aligned(donor, mixed), chosen), kept.rows, chosen)
+        return float((truth_LV.exp() * (truth_LV - following(session))).sum(-1).mean())
+
+    return of
+
+
 class TestQuality:
     """With a trained model and prose: keys must be turned, and what is computed anew must help."""
-
-    @pytest.fixture(scope="class")
-    def pocket(self) -> Reader:
-        return Reader(load_model("pocket", device="cpu", dtype="float32", tokenizer=None)[0])
-
-    @pytest.fixture(scope="class")
-    def paragraphs(self) -> list[list[int]]:
-        ids = load_tokenizer()(generate_prose(500, seed=3)).input_ids
-        return [ids[start : start + 70] for start in range(0, 420, 70)]
-
-    @pytest.fixture(scope="class")
-    def divergences(self, pocket: Reader, paragraphs: list[list[int]]) -> Callable[..., float]:
-        """Mean KL to full prefill of what follows the prompt, in nats, under options."""
-        first, *others = paragraphs
-        donor = [token for each in (first, *others) for token in each]
-        mixed = [token for i in (0, 3, 5, 1, 4, 2) for token in paragraphs[i]]
-        kept = pocket.kept(donor)
-
-        def following(session: Session) -> Tensor:
-            logits_LV = forward(pocket.model, [others[2][:24]], [session], exact=True, all_logits=True)
-            return logits_LV.double().log_softmax(-1)
-
-        truth_LV = following(pocket.full(mixed)[0])
-
-        def of(**options: Any) -> float:
-            chosen = Recompute(**options)
-            session, _ = pocket.rebuild(mixed, plan(aligned(donor, mixed), chosen), kept.rows, chosen)
-            return float((truth_LV.exp() * (truth_LV - following(session))).sum(-1).mean())
-
-        return of
 
     def test_turned_keys_are_better_than_keys_as_they_were(self, divergences: Callable[..., float]) -> None:
         """Naive splicing, at equal recompute."""

@@ -32,7 +32,7 @@ from eval.reuse import arrive
 from eval.reuse.arrivals import TASKS as ARRIVALS
 from eval.reuse.arrivals import Arrival, arrivals, find
 from eval.reuse.edits import KINDS, PLACES, edits
-from eval.reuse.facts import facts
+from eval.reuse.facts import facts as changed_facts
 from eval.reuse.methods import Method, methods_of
 from eval.reuse.moved import moved, random_donor, wrong_donor
 from eval.reuse.pairs import PASSAGE_TOKENS, Pair, Source
@@ -55,7 +55,6 @@ PARTS: dict[str, str] = {
 
 _LONGEST_PASSAGES = 12 * PASSAGE_TOKENS
 """Room left in a text for its last passages, which are taken whole."""
-
 
 _WIDEST = 400
 """Characters of a table's line."""
@@ -91,7 +90,7 @@ def make_pairs(
             typer.echo(f"{len(left_out)} edits found nothing to edit and are left out: {left_out[0]}, ...", err=True)
         return made
     if part == "facts":
-        return facts(lm.tokenizer, source(tokens), tokens=tokens, cases=cases, num_facts=num_facts, seed=seed)
+        return changed_facts(lm.tokenizer, source(tokens), tokens=tokens, cases=cases, num_facts=num_facts, seed=seed)
     asked: dict[str, Any] = {"tokens": tokens, "share": share, "cases": cases, "seed": seed}
     passages = source((2 - share) * tokens)
     if part == "moved":
@@ -156,6 +155,7 @@ def main(
     except (ImportError, UnsupportedModelError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
+        reader.warm_up()
         for each in parts:
             common = {"suite": f"reuse-{each}", "model": model, "policies": [method.name for method in asked[each]]}
             folder = out / each if out is not None and len(parts) > 1 else out

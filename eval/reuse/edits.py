@@ -14,7 +14,8 @@ from typing import NamedTuple
 from eval.reuse.pairs import Pair, Source, sentences_of
 
 PLACES = ("begin", "middle", "end", "everywhere")
-"""From the first sentence on; from the middle outwards; from the last one back; drawn at random."""
+"""From the first sentence on; from the middle outwards; from the last one back; drawn at random. What is inserted goes
+to one place, but `everywhere`."""
 
 _NAMES = (
     "Abelard", "Benedikta", "Caspian", "Delphine", "Evander", "Florian", "Giselle", "Hortense", "Isidore", "Jocasta",
@@ -83,7 +84,7 @@ class _Text:
         self._source = source
         self.passages = [passage + "\n\n" for passage in passages[:-1]] + list(passages[-1:])
         self.sentences = [sentence for passage in self.passages for sentence in sentences_of(passage)]
-        self.spare = [sentence.strip() + " " for passage in spare for sentence in sentences_of(passage)]
+        self.spare = [sentence.strip() for passage in spare for sentence in sentences_of(passage)]
 
     def lengths(self, pieces: Sequence[str]) -> list[int]:
         return self._source.lengths(pieces)
@@ -153,17 +154,19 @@ def _negate(sentence: str, _: dict[str, str], rng: Random) -> str:
 
 
 def _insert(text: _Text, place: str, share: float, rng: Random) -> _Edited:
+    """All at one place, or each at another."""
     wanted = share * sum(text.lengths(text.sentences))
     before: list[list[str]] = [[] for _ in range(len(text.sentences) + 1)]
     turns = order(len(before), place, rng)
+    num_places = len(turns) if place == "everywhere" else 1
     held = 0
     for number, (sentence, length) in enumerate(zip(text.spare, text.lengths(text.spare), strict=True)):
         if held >= wanted:
             break
-        before[turns[number % len(turns)]].append(sentence)
+        before[turns[number % num_places]].append(sentence)
         held += length
-    pieces = ["".join(added) + sentence for added, sentence in zip(before, [*text.sentences, ""], strict=True)]
-    return _Edited("".join(pieces).strip(), held)
+    pieces = ["".join(f"{each} " for each in added) + s for added, s in zip(before, text.sentences, strict=False)]
+    return _Edited("".join([*pieces, *(f" {each}" for each in before[-1])]), held)
 
 
 def _reorder(text: _Text, place: str, share: float, rng: Random) -> _Edited:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -49,9 +49,9 @@ class Source:
         """`tokens`: how many each has to have; `first_seed`: of generated prose. Raises ValueError for a text with
         fewer."""
         self._tokenizer, self._texts, self._tokens, self._first_seed = tokenizer, texts, tokens, first_seed
-        self._made: dict[int, list[str]] = {}
+        self._made: dict[int, tuple[list[str], list[int]]] = {}
         for number, text in enumerate(texts):
-            found = sum(self.lengths(self.passages(number)))
+            found = sum(self._measured(number)[1])
             if found < tokens:
                 raise ValueError(
                     f"text {number + 1} of {len(texts)} has {found:,} tokens in paragraphs ({text[:40]!r}...), and "
@@ -60,12 +60,17 @@ class Source:
 
     def passages(self, number: int) -> list[str]:
         """All of a text, cut into passages of some paragraphs or part of one."""
+        return self._measured(number)[0]
+
+    def _measured(self, number: int) -> tuple[list[str], list[int]]:
+        """With the tokens of each."""
         if self._texts:
             number %= len(self._texts)
         if number not in self._made:
             # A word is at least one token.
             text = self._texts[number] if self._texts else generate_prose(self._tokens, seed=self._first_seed + number)
-            self._made[number] = passages_of(self._tokenizer, text)
+            passages = passages_of(self._tokenizer, text)
+            self._made[number] = passages, self.lengths(passages)
         return self._made[number]
 
     def lengths(self, parts: Sequence[str]) -> list[int]:
@@ -77,8 +82,7 @@ class Source:
     def some(self, number: int, counts: Sequence[int], rng: Random) -> list[list[str]]:
         """Runs of passages that follow one another, one of at least so many tokens for each count, none twice; from a
         random place of the text on, over its end to its beginning."""
-        passages = self.passages(number)
-        lengths = self.lengths(passages)
+        passages, lengths = self._measured(number)
         at = rng.randrange(len(passages))
         runs: list[list[str]] = []
         taken = 0
@@ -96,7 +100,7 @@ class Source:
 def passages_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """A text's paragraphs, each on one line, short ones joined and long ones cut."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
-    units = [unit for paragraph in paragraphs if paragraph for unit in [*sentences_of(paragraph), "\n\n"]]
+    units = [unit for paragraph in paragraphs if paragraph for unit in [*_pieces_of(paragraph), "\n\n"]]
     lengths = [len(ids) for ids in tokenizer(units, add_special_tokens=False, verbose=False).input_ids] if units else []
     passages: list[str] = []
     passage, held = "", 0
@@ -110,12 +114,21 @@ def passages_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     return [*passages, passage.strip()] if passage else passages
 
 
+def _pieces_of(paragraph: str) -> Iterator[str]:
+    """Its sentences; those that hardly end, in pieces of some words."""
+    for sentence in sentences_of(paragraph):
+        words = sentence.split(" ")
+        for start in range(0, len(words), PASSAGE_TOKENS):
+            stop = start + PASSAGE_TOKENS
+            yield " ".join(words[start:stop]) + (" " if stop < len(words) else "")
+
+
 def sentences_of(text: str) -> list[str]:
     """A text cut behind its sentences and the white space that follows each; joined they are the text."""
     found: list[str] = []
     start = 0
     for end in sentence_ends(text):
-        stop = end + len(text[end:]) - len(text[end:].lstrip())
+        stop = next((at for at in range(end, len(text)) if not text[at].isspace()), len(text))
         found.append(text[start:stop])
         start = stop
     return [*found, text[start:]] if start < len(text) else found

@@ -16,14 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.reuse.methods import Method
+from eval.reuse.methods import DEFAULT, METHODS, Method
 from eval.reuse.pairs import Prompted
 from sentencekv import LongContextLM
 from sentencekv.attention import forward
 from sentencekv.prompts import Prompt
+from sentencekv.prose import generate_prose
 from sentencekv.reuse.prompt_cache import PromptCache, make_reuse_options
 from sentencekv.reuse.report import Reuse
 from sentencekv.session import Session
+
+_WARMUP_WORDS = 160
+_WARMUP_NAMESPACE = "warming up"
 
 
 class Answer(NamedTuple):
@@ -81,6 +85,17 @@ class Reader:
         cache = self._engine.prompt_cache
         assert cache is not None
         self._cache = cache
+
+    def warm_up(self) -> None:
+        """Read a short prompt in every way, so that no figure has the compiling of kernels in it."""
+        halves = generate_prose(_WARMUP_WORDS // 2, seed=1), generate_prose(_WARMUP_WORDS // 2, seed=2)
+        donor, prompt = (self.encode("\n\n".join(parts)) for parts in (halves, halves[::-1]))
+        self.add(donor, _WARMUP_NAMESPACE)
+        full = self.full(prompt, 2)
+        for method in (METHODS[DEFAULT], METHODS["value"]):
+            self.read(prompt, _WARMUP_NAMESPACE, method, full)
+            self.forget(prompt, _WARMUP_NAMESPACE)
+        self.clear(_WARMUP_NAMESPACE)
 
     def encode(self, prompt: Prompted) -> Prompt:
         """As `LongContextLM.generate` does."""

@@ -266,22 +266,22 @@ def _answers(cells: Sequence[Cell]) -> Table:
 
 
 def _by_group(cells: Sequence[Cell], group: str) -> Table:
-    methods = list(dict.fromkeys(cell["method"] for cell in cells if cell["method"] != FULL))
+    values = list(dict.fromkeys(cell["value"] for cell in cells))
     table = Table(
-        group,
-        *methods,
+        "method",
+        *(str(value) for value in values),
         title=f"By {group}: score, mean KL, share computed",
         title_justify="left",
     )
-    for value in dict.fromkeys(cell["value"] for cell in cells):
+    for method in dict.fromkeys(cell["method"] for cell in cells if cell["method"] != FULL):
         entries = []
-        for method in methods:
+        for value in values:
             cell = next((c for c in cells if (c["value"], c["method"]) == (value, method)), None)
             parts = (
                 (_score(cell), _number(cell["kl_mean"], ".4f"), _percent(cell["computed_share"])) if cell else ("-",)
             )
             entries.append("  ".join(parts))
-        table.add_row(str(value), *entries)
+        table.add_row(method, *entries)
     return _right(table)
 
 
