@@ -181,7 +181,8 @@ class Document:
     def fork(self) -> Document:
         """The same document once more, sharing what was read; what is appended to one, the other does not see."""
         contents = self._open()
-        return Document(self._engine, contents._replace(session=contents.session.fork()), self.seconds_to_read)
+        forked = contents._replace(session=contents.session.fork())
+        return Document(self._engine, forked, self.seconds_to_read, self.reuse)
 
     def under(self, engine: Engine) -> Document:
         """See `LongContextLM.adopt`."""
@@ -193,7 +194,7 @@ class Document:
             )
         started_at = time.perf_counter()
         session = engine.adopt(contents.session)
-        return Document(engine, contents._replace(session=session), time.perf_counter() - started_at)
+        return Document(engine, contents._replace(session=session), time.perf_counter() - started_at, self.reuse)
 
     def save(self, path: str | os.PathLike[str], *, progress: Written | None = None) -> int:
         """Write the document to a file, from which `LongContextLM.open` takes it up without reading it again.
@@ -203,8 +204,14 @@ class Document:
         Args:
             progress: called with bytes written and bytes in all.
 
-        Returns its bytes. Raises OSError if it cannot be written; ValueError if the document is closed.
+        Returns its bytes. Raises OSError if it cannot be written; ValueError if the document is closed, or if its KV is
+        an approximation (`reuse="similar"`), which a file would hand on as if it were not.
         """
+        if self.reuse is not None and self.reuse.approximate:
+            raise ValueError(
+                "the document's KV is an approximation made from a similar text (reuse='similar'); to save it, read it "
+                "with reuse='exact' or 'off'"
+            )
         return save(path, self._engine.owner, self._open(), progress)
 
     def close(self) -> None:

@@ -61,6 +61,10 @@ class ReuseOptions(Recompute):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.fuzzy, bool) or not isinstance(self.min_gain, int | float):
+            raise TypeError(
+                f"fuzzy must be True or False and min_gain a number, got {self.fuzzy!r} and {self.min_gain!r}"
+            )
         if self.fuzzy and self.retention == 1:
             raise ValueError(
                 "fuzzy matches save what is not computed of them at later layers, and retention=1 computes all; give "
@@ -89,6 +93,12 @@ class Reading(NamedTuple):
     """Caches the prompt, if that helps others, and says what was reused. Called once, after the answer, with the
     seconds
     that reading took: what it costs is not part of them."""
+
+
+def _report_all(prompt: Prompt, progress: Progress | None) -> None:
+    """What is reused is there at once."""
+    if progress is not None:
+        progress(len(prompt.token_ids), len(prompt.token_ids))
 
 
 @contextlib.contextmanager
@@ -174,13 +184,17 @@ class PromptCache:
         same = self.catalog.same(namespace, prompt.token_ids)
         if same is not None and (self._rotations is not None or not same.approximate):
             with contextlib.suppress(EntryGoneError, MemoryError):
-                return self._reopen(prompt, same, started_at)
+                reading = self._reopen(prompt, same, started_at)
+                _report_all(prompt, progress)
+                return reading
         embedding = self._embedding(prompt)
         found, reason = self._find(prompt, namespace, embedding)
         seconds = time.perf_counter() - started_at
         if found is not None:
             try:
-                return self._rebuild(prompt, namespace, embedding, found, reason, seconds)
+                reading = self._rebuild(prompt, namespace, embedding, found, reason, seconds)
+                _report_all(prompt, progress)
+                return reading
             except (EntryGoneError, MemoryError) as error:
                 reason = str(error)
         return self._read_all(prompt, namespace, embedding, reason, seconds, progress)

@@ -86,6 +86,15 @@ class Recompute:
     """Of `random`."""
 
     def __post_init__(self) -> None:
+        for name in ("first_tokens", "check_layer", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in ("ratio", "retention", "target_error", "attention_recovery"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and (value is not None or name in ("ratio", "retention")):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not isinstance(self.rotate, bool):
+            raise TypeError(f"rotate must be True or False, got {self.rotate!r}")
         if self.first_tokens < 0 or self.check_layer < 0:
             raise ValueError(
                 f"first_tokens and check_layer must be at least 0, got {self.first_tokens} and {self.check_layer}"
@@ -401,7 +410,7 @@ class _Part:
         return weight_T[self._row_L]
 
     def _hot(self, score_L: Tensor, share: float) -> int:
-        """How many of the tokens with the highest scores have this share of all, but for those that must be computed."""
+        """How many of the tokens with the highest scores have this share of all, those that must be computed apart."""
         falling_L = score_L.sort(descending=True).values[self._num_must :]
         missing_L = falling_L.cumsum(0) < share * falling_L.sum()
         return min(int(missing_L.sum()) + 1, len(falling_L))

@@ -105,7 +105,10 @@ class Records:
 
     def _locked(self, folder: Path) -> IO[bytes]:
         # What people asked is in there: nobody else's to read.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise CatalogError(f"a catalog needs a folder, and {self._name} is or runs through a file") from None
         lock = (folder / "lock").open("ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,143 @@
+"""The benchmark of reuse runs on a CPU, checks before it times, and reports what it should."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from benchmarks import reuse, workload
+from sentencekv.reuse.match import align
+from sentencekv.reuse.prompt_cache import make_reuse_options
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "shape": "tiny",
+    "tokens": "700",
+    "share": 0.8,
+    "paragraph": 50,
+    "repeats": 1,
+    "device": "cpu",
+    "dtype": "float32",
+    "seed": 0,
+    "source_commit": "abc",
+    "save": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reuse, "CHECK_TOKENS", 600)
+
+
+def test_it_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    reuse.main(**{**SMALL, "save": tmp_path / "made" / "reuse"})
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert json.loads((tmp_path / "made" / "reuse.json").read_text()) == result
+    assert (tmp_path / "made" / "reuse.md").read_text().splitlines() == lines[:-1]
+    assert (result["benchmark"], result["shape"], result["share"], result["seed"]) == ("reuse", "tiny", 0.8, 0)
+    assert result["commit"] == "abc"
+    assert result["versions"]["torch"]
+    assert result["hardware"]["device"] == "cpu"
+
+    checked = result["check"]
+    assert checked["passed"]
+    assert checked["errors"]["all computed"] < 1e-5 < 2 * checked["tolerance"] < checked["errors"]["keys not turned"]
+    assert checked["errors"]["all computed"] < checked["errors"]["first tokens computed"]
+
+    rows = {row["variant"]: row for row in result["rows"]}
+    first, *others = reuse.VARIANTS
+    always = ["in full", "transformers, dense"]
+    assert list(rows) == [*always, first, "the same prompt again", "a prompt that has nothing in common", *others]
+    for row in result["rows"]:
+        assert row["tokens"] == 700
+        assert 0 < row["least_seconds"] <= row["seconds"] <= row["most_seconds"] <= row["settled_seconds"]
+        assert row["times_faster"] == pytest.approx(rows["in full"]["seconds"] / row["seconds"])
+    assert rows["in full"]["times_faster"] == 1
+    for name, options in reuse.VARIANTS.items():
+        row = rows[name]
+        assert row["kind"] == "similar"
+        assert row["seconds_to_find"] < row["seconds"]
+        assert row["caching_seconds"] > 0
+        # Computed are a fifth of the tokens, the first of each run (there is at most one for each paragraph), and the
+        # last; and all of them where tokens are chosen at the last of two layers.
+        least, most = 140, 140 + 12 * options["first_tokens"] + 1
+        if options.get("ratio"):
+            least = most = 700 - shared_beginning()
+        assert all(least <= count <= most for count in row["computed_by_layer"])
+        assert row["reused_tokens"] == 700 - row["computed_by_layer"][0]
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(rows)
+    assert len({len(line) for line in table}) == 1, "the table is not aligned"
+
+
+def shared_beginning() -> int:
+    """Of the two prompts that are timed."""
+    old, mixed, _ = reuse.make_prompts(workload.SHAPES["tiny"]["vocab_size"], 700, 0.8, 50, 0)
+    pairs = zip(old.token_ids, mixed.token_ids, strict=True)
+    return next(at for at, (a, b) in enumerate(pairs) if a != b)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
+def test_prompts_share_what_they_say(share: float) -> None:
+    """Whole paragraphs, moved; the others are as long and have nothing of the cached one."""
+    old, mixed, strange = reuse.make_prompts(32000, 2000, share, 100, seed=3)
+    for prompt in (old, mixed, strange):
+        assert len(prompt.token_ids) == prompt.ends[-1] == 2000
+        assert prompt.ends == sorted(set(prompt.ends))
+
+    def shared(prompt: Any) -> int:
+        return align(old.token_ids, prompt.token_ids, donor_ends=old.ends, ends=prompt.ends).num_new
+
+    assert shared(strange) == 2000
+    assert shared(mixed) == round((1 - share) * 2000)
+    paragraphs = [tuple(old.token_ids[start : start + 100]) for start in range(0, 2000, 100)]
+    theirs = Counter(tuple(mixed.token_ids[start : start + 100]) for start in range(0, 2000, 100))
+    assert sum(theirs[each] for each in paragraphs) == round(share * 20)
+    if share == 0.8:
+        assert align(old.token_ids, mixed.token_ids, donor_ends=old.ends, ends=mixed.ends).num_moved > 1000
+
+
+def test_new_words_are_near_the_old_ones() -> None:
+    """So that there is something to find by likeness."""
+    model = workload.make_model("tiny", CPU, torch.float32, 100, 0)
+    reuse.pair_embeddings(model, 0)
+    table = model.get_input_embeddings().weight
+    likeness = torch.nn.functional.cosine_similarity(table[0::2], table[1::2])
+    assert likeness.min() > 0.9
+    assert torch.nn.functional.cosine_similarity(table[0::2], table[1::2].roll(1, 0)).mean().abs() < 0.1
+
+
+def test_variants_are_options() -> None:
+    for options in reuse.VARIANTS.values():
+        assert make_reuse_options(options).first_tokens == options["first_tokens"]
+
+
+def test_reading_that_is_wrong_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reuse, "dense", lambda model, prompt: torch.ones(1, model.config.vocab_size))
+    with pytest.raises(typer.Exit):
+        reuse.main(**SMALL)
+    lines = capsys.readouterr()
+    assert lines.out == ""
+    assert "not timed" in lines.err
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"shape": "nope"}, "known: "),
+        ({"tokens": "abc"}, "whole numbers"),
+        ({"tokens": "100"}, "at least 512"),
+        ({"device": "gpu"}, "device must be cuda or cpu"),
+        ({"dtype": "int8"}, "dtype must be"),
+    ],
+)
+def test_it_refuses(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(typer.BadParameter, match=message):
+        reuse.main(**{**SMALL, **bad})
