@@ -141,7 +141,12 @@ class Engine:
         """Read prompts one after another with the help of what is cached; None if nothing is cached at all."""
         if self.prompt_cache is None:
             return None
-        return [self.prompt_cache.read(prompt, namespace, progress) for prompt in prompts]
+        total, done, readings = sum(len(prompt.token_ids) for prompt in prompts), 0, []
+        for prompt in prompts:
+            one = None if progress is None else functools.partial(_of_all, progress, done, total)
+            readings.append(self.prompt_cache.read(prompt, namespace, one))
+            done += len(prompt.token_ids)
+        return readings
 
     def read(self, sessions: Sequence[Session], prompts: Sequence[Prompt], progress: Progress | None = None) -> Tensor:
         """Append prompts to sessions, exactly; returns the logits `[B, vocabulary]` of their last tokens."""
@@ -252,6 +257,11 @@ class Engine:
 
     def _decoding(self, session: Session, context_ids: Sequence[int], options: SamplingOptions) -> Decoding:
         return Decoding(session, context_ids, self.tokenizer, options, self._stop_ids)
+
+
+def _of_all(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    """Progress of one prompt as that of several."""
+    progress(before + done, total)
 
 
 def _shown(setting: object) -> str:

@@ -116,7 +116,7 @@ class HostMemory:
         self._available_bytes = 0
         self._looked_at = -math.inf
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
-        self._caches: list[weakref.ref[Callable[[int], object]]] = []
+        self._caches: list[weakref.WeakMethod[Callable[[int], int]]] = []
         if pinned:
             _pin_faster()
         self._background: ThreadPoolExecutor | None = None
@@ -126,9 +126,11 @@ class HostMemory:
         """Name it in error messages, and move it to disk when memory is short; it is not kept alive by this."""
         self._holders.add(holder)
 
-    def on_shortage(self, release: Callable[[int], object]) -> None:
-        """Call this with a number of bytes before anything else is done about a shortage; it is not kept alive."""
-        self._caches.append(weakref.WeakMethod(release) if hasattr(release, "__self__") else weakref.ref(release))
+    def on_shortage(self, release: Callable[[int], int]) -> None:
+        """Call this with a number of bytes before anything else is done about a shortage; it returns how many it gave
+        up, and is called again while there are any. A method, whose object is not kept alive; called by the thread that
+        asks for memory, but by none in the background."""
+        self._caches.append(weakref.WeakMethod(release))
 
     @property
     def room_bytes(self) -> int:
@@ -139,10 +141,7 @@ class HostMemory:
         """Make room for so many bytes more, by moving others to disk if need be; raise MemoryError if there is none."""
         if needed_bytes <= self._free_bytes(needed_bytes):
             return
-        for cache in self._caches:
-            release = cache()
-            if release is not None:
-                release(needed_bytes - self._free_bytes(needed_bytes))
+        self._empty_caches(needed_bytes)
         if needed_bytes <= self._free_bytes(needed_bytes):
             return
         failure: OSError | None = None
@@ -157,6 +156,14 @@ class HostMemory:
                 if needed_bytes <= self._free_bytes(needed_bytes):
                     return
         self._require(needed_bytes, failure)
+
+    def _empty_caches(self, needed_bytes: int) -> None:
+        """Have caches give up what they can until there is room. What they give up may be somebody else's, too."""
+        for cache in self._caches:
+            release = cache()
+            while release is not None and needed_bytes > self._free_bytes(needed_bytes):
+                if not release(needed_bytes - self._free_bytes(needed_bytes)):
+                    break
 
     def _require(self, needed_bytes: int, failure: OSError | None = None) -> None:
         left = max(self._free_bytes(needed_bytes), 0)
@@ -198,13 +205,19 @@ class HostMemory:
         return text
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialised host memory; counted until the returned tensor is gone. Nobody moves to disk for it: that takes
-        a `check` beforehand. Any thread may call it."""
+        """Uninitialised host memory; counted until the returned tensor is gone. Caches give up theirs for it, but
+        nobody
+        moves to disk: that takes a `check` beforehand."""
+        return self._allocate(shape, dtype, from_caches=True)
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype, *, from_caches: bool) -> Tensor:
         num_bytes = dtype.itemsize
         for extent in shape:
             num_bytes *= extent
         num_bytes = self.taken_bytes(num_bytes)
         with self._lock:
+            if from_caches:
+                self._empty_caches(num_bytes)
             self._require(num_bytes)
             self.in_use_bytes += num_bytes
             self._available_bytes -= num_bytes
@@ -228,7 +241,7 @@ class HostMemory:
         def allocate() -> Tensor:
             # A thread starts out on the first device, which may not be ours.
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                return self.allocate(shape, dtype)
+                return self._allocate(shape, dtype, from_caches=False)
 
         return self._background.submit(allocate)
 

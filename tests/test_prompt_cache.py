@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sentencekv import UnsupportedModelError, policies
@@ -658,6 +661,41 @@ class TestBounds:
         for ours, theirs in zip(kv_of(reading.session), truth, strict=True):
             assert difference(ours, theirs) < 1e-4
         reading.finish(1.0)
+
+
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_any_prompts_in_any_order(data: st.DataObject) -> None:
+    """Of the same paragraphs, for two namespaces, within any bound, with a pause now and then: with all moved tokens
+    computed anew, whatever is reused gives what reading in full gives, and what is counted adds up."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"first_tokens": 1000, "min_gain": data.draw(st.sampled_from([0.0, 0.3]))}
+        bound = data.draw(st.sampled_from([None, 250_000, 500_000]))
+        where = data.draw(st.sampled_from([None, folder]))
+        reader = Reader(torch.device("cpu"), options, reuse_bytes=bound, reuse_folder=where)
+        seen: dict[str, set[tuple[int, ...]]] = {"a": set(), "b": set()}
+        for _ in range(data.draw(st.integers(2, 7))):
+            if data.draw(st.integers(0, 4)) == 0:
+                reader.reopen()
+                if where is None:
+                    seen = {"a": set(), "b": set()}
+            pieces = data.draw(st.lists(st.tuples(st.integers(20, 23), st.integers(1, 100)), min_size=1, max_size=4))
+            ids = [token for number, count in pieces for token in paragraph(number)[:count]]
+            namespace = data.draw(st.sampled_from(["a", "b"]))
+            reading, reuse = reader.read(ids, namespace)
+            session, want_V = reader.full(ids)
+            assert difference(reading.logits_V, want_V) < 1e-3
+            for ours, truth in zip(kv_of(reading.session), kv_of(session), strict=True):
+                assert difference(ours, truth) < 1e-3
+            assert_adds_up(reuse, ids)
+            if not seen[namespace]:
+                assert reuse.reason == "nothing like it is cached"
+            if tuple(ids) not in seen[namespace]:
+                assert reuse.kind != "same"
+            seen[namespace].add(tuple(ids))
+            if bound is not None:
+                assert sum(reader.cache.catalog.statistics(each).host_bytes for each in seen) <= bound
+        reader.cache.close()
 
 
 class TestOptions:

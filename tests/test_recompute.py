@@ -508,6 +508,22 @@ class TestScores:
         assert numbers[0] == 0
         assert 0 < numbers[len(numbers) // 2] < numbers[-1] == len(optional)
 
+    def test_attention_recovery(self, reader: Reader) -> None:
+        """The fewest tokens that get this share of the attention which the last ones pay all that may be chosen."""
+        attention_T = measured(reader, 1).attention_T.cpu().numpy()
+        planned = plan(aligned(DONOR, MOVED), Recompute(first_tokens=4))
+        optional = np.flatnonzero(planned.optional_T)
+        must = set(np.flatnonzero(planned.computed_T).tolist())
+        ranked = optional[np.argsort(-attention_T[optional], kind="stable")]
+        shares = attention_T[ranked].cumsum() / attention_T[ranked].sum()
+        numbers = []
+        for share in (0.1, 0.5, 0.9):
+            options = {"score": "query_attention", "attention_recovery": share}
+            _, rebuilt = reader.edited(MOVED, first_tokens=4, **options)
+            numbers.append(int((shares < share).sum()) + 1)
+            assert computed(rebuilt)[-1] == must | set(ranked[: numbers[-1]].tolist())
+        assert 1 <= numbers[0] < numbers[1] < numbers[2] < len(optional)
+
 
 class TestError:
     def test_it_is_what_cached_rows_were_off_by(self, reader: Reader) -> None:
@@ -571,7 +587,8 @@ class TestChunks:
         must = {*range(80, 93), *range(170, len(MOVED))}
         assert sets[0] == sets[1] == set(range(40, len(MOVED)))
         assert must <= sets[2] == sets[-1] < sets[0]
-        assert len(sets[-1]) - len(must) == pytest.approx(options.get("ratio", 0.0) * 117, abs=5)
+        # Each chunk rounds its share, and computes one token at least.
+        assert len(sets[-1]) - len(must) == pytest.approx(options.get("ratio", 0.0) * 117, abs=9)
         assert logits_of(rebuilt).isfinite().all()
 
 
@@ -690,6 +707,11 @@ class TestFuzzy:
         ({"score": "best"}, "score must be one of value_deviation, .*random, got 'best'"),
         ({"target_error": 0.1, "score": "query_attention"}, "needs a score that measures an error"),
         ({"target_error": 0.1, "score": "random"}, "needs a score that measures an error"),
+        (
+            {"attention_recovery": 1.0, "score": "query_attention"},
+            "attention_recovery must be between 0 and 1, got 1.0",
+        ),
+        ({"attention_recovery": 0.5}, "attention_recovery needs score='query_attention', and no target_error"),
     ],
 )
 def test_bad_options(given: Mapping[str, Any], message: str) -> None:

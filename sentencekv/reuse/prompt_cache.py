@@ -155,7 +155,9 @@ class PromptCache:
         self._rotations: dict[int, Rotation] | None = rotations(model) if config.reuse == "similar" else None
         embedding: Any = model.get_input_embeddings()
         self._embedding_VE: Tensor = embedding.weight
-        self._seconds_per_token: float | None = None
+        self._seconds_per_token: dict[str, float] = {}
+        """Of each namespace's last full reading."""
+        self._closed = False
         limit = config.reuse_bytes
         if limit is None:
             limit = memory.room_bytes // 2
@@ -170,6 +172,7 @@ class PromptCache:
 
     def close(self) -> None:
         """Write what is to be kept, and let go of all memory."""
+        self._closed = True
         self.catalog.close()
 
     def _load(self, path: Path, record: Record, parent: Payload | None) -> Payload:
@@ -213,12 +216,18 @@ class PromptCache:
             logits_V = read(self._model, [session], [prompt], chunk_tokens=self._chunk_tokens, progress=progress)[0]
 
         def finish(seconds_to_read: float) -> Reuse:
-            self._seconds_per_token = (seconds_to_read - seconds_to_find) / num_tokens
+            self._seconds_per_token[namespace] = (seconds_to_read - seconds_to_find) / num_tokens
             with _for_want_of_room():
                 self._keep(prompt, namespace, embedding, session, logits_V)
             num_layers = len(session.state().recent)
             return self._report(
-                prompt, "none", reason, seconds_to_find, seconds_to_read, computed_by_layer=(num_tokens,) * num_layers
+                prompt,
+                namespace,
+                "none",
+                reason,
+                seconds_to_find,
+                seconds_to_read,
+                computed_by_layer=(num_tokens,) * num_layers,
             )
 
         return Reading(session, logits_V, finish)
@@ -237,6 +246,7 @@ class PromptCache:
         def finish(seconds_to_read: float) -> Reuse:
             return self._report(
                 prompt,
+                record.namespace,
                 "same",
                 "",
                 seconds_to_find,
@@ -277,6 +287,7 @@ class PromptCache:
             num_again = int(np.count_nonzero(planned.source_T[first_layer] >= 0))
             return self._report(
                 prompt,
+                namespace,
                 "similar" if approximate else "prefix",
                 reason,
                 seconds_to_find,
@@ -390,7 +401,7 @@ class PromptCache:
     ) -> None:
         """Cache a prompt that was read exactly, for all that come."""
         num_tokens = len(prompt.token_ids)
-        if num_tokens < _LEAST_SHARED or self._is_cached(prompt, namespace, approximate=False):
+        if self._closed or num_tokens < _LEAST_SHARED or self._is_cached(prompt, namespace, approximate=False):
             return
         with self._parent_of(donor if num_prefix >= _PARENT_SHARE * num_tokens else None) as parent:
             kept = Kept(session.state(), num_tokens, self._memory)
@@ -414,7 +425,7 @@ class PromptCache:
         computed_of_layer: Mapping[int, np.ndarray],
     ) -> None:
         """Cache an approximation, for this prompt alone, as an edit of the one that it was made from."""
-        if self._is_cached(prompt, namespace, approximate=True):
+        if self._closed or self._is_cached(prompt, namespace, approximate=True):
             return
         with self._parent_of(donor) as parent:
             if parent is None:
@@ -462,6 +473,7 @@ class PromptCache:
     def _report(
         self,
         prompt: Prompt,
+        namespace: str,
         kind: Literal["none", "same", "prefix", "similar"],
         reason: str,
         seconds_to_find: float,
@@ -473,7 +485,7 @@ class PromptCache:
         **tokens: Any,
     ) -> Reuse:
         num_tokens = len(prompt.token_ids)
-        rate = self._seconds_per_token
+        rate = self._seconds_per_token.get(namespace)
         counts = dict.fromkeys(
             ("prefix_tokens", "kept_tokens", "moved_tokens", "fuzzy_tokens", "recomputed_tokens", "new_tokens"), 0
         )
