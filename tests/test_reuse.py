@@ -245,11 +245,19 @@ class TestWays:
                     assert want.ask(**question).token_ids == first
                     want.append(parts[12])
                     assert want.ask(**question).token_ids == second
-            document.save(tmp_path / kind)
-            for same in (lm.open(tmp_path / kind), document.fork()):
-                assert same.reuse is None
-                assert same.ask(**question).token_ids == second
+            if kind == "similar":
+                with pytest.raises(ValueError, match="is an approximation made from a similar text"):
+                    document.save(tmp_path / kind)
+            else:
+                document.save(tmp_path / kind)
+                opened = lm.open(tmp_path / kind)
+                assert opened.reuse is None
+                assert opened.ask(**question).token_ids == second
+            fork = document.fork()
+            assert fork.reuse == document.reuse
+            assert fork.ask(**question).token_ids == second
             with other.adopt(document) as adopted, other.read(prompt) as want:
+                assert adopted.reuse == document.reuse
                 want.append(parts[12])
                 if kind != "similar":
                     assert adopted.ask(**question).token_ids == want.ask(**question).token_ids
