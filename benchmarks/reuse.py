@@ -48,12 +48,13 @@ CHECK_TOKENS = 3000
 CHECK_LAYERS = 2
 SENTENCE_TOKENS = 16
 VARIANTS: dict[str, dict[str, Any]] = {
-    "moved runs, 16 first tokens of each computed": {"first_tokens": 16},
-    "moved runs, 4 first tokens of each computed": {"first_tokens": 4},
-    "moved runs, no more computed": {"first_tokens": 0},
-    "and 15% by value deviation": {"first_tokens": 0, "ratio": 0.15},
+    "moved runs, by default": {},
+    "moved runs, 16 first tokens of each computed": {"first_tokens": 16, "last_tokens": 0},
+    "moved runs, nothing of them computed": {"first_tokens": 0, "last_tokens": 0},
+    "and 15% by value deviation": {"first_tokens": 0, "last_tokens": 0, "ratio": 0.15},
     "similar tokens for new ones, a tenth computed at the last layer": {
         "first_tokens": 0,
+        "last_tokens": 0,
         "fuzzy": True,
         "retention": 0.1,
     },
@@ -145,8 +146,8 @@ def check(shape: str, device: torch.device, dtype: torch.dtype, memory: HostMemo
     errors = {}
     for name, options in {
         "all computed": {"first_tokens": CHECK_TOKENS, "min_gain": 0.0},
-        "first tokens computed": {"first_tokens": 16},
-        "keys not turned": {"first_tokens": 0, "rotate": False},
+        "by default": {},
+        "keys not turned": {"first_tokens": 0, "last_tokens": 0, "rotate": False},
     }.items():
         cache = reader.cache(**options)
         cache.read(old, "check").finish(0.0)

@@ -357,7 +357,7 @@ def explain(
         arguments.check_can_reuse()
     from sentencekv.edit_script import explanation_block
     from sentencekv.explain import as_dict, explain_texts, try_out
-    from sentencekv.reuse.prompt_cache import make_reuse_options
+    from sentencekv.reuse.decide import make_reuse_options
 
     options = make_reuse_options(given)
     if options.fuzzy and not run:

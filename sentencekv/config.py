@@ -72,7 +72,7 @@ class Config:
     (`Generation.reuse` says of what). Only within a namespace; needs `pip install "sentencekv[reuse]"`."""
 
     reuse_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Keyword options of `similar`, e.g. `{"ratio": 0.15}`: see `sentencekv.reuse.prompt_cache.ReuseOptions`."""
+    """Keyword options of `similar`, e.g. `{"ratio": 0.15}`: see `sentencekv.reuse.decide.ReuseOptions`."""
 
     reuse_folder: str | None = None
     """Where cached prompts go that have to leave host memory, and where they are when the process ends; the next one

@@ -22,15 +22,12 @@ from sentencekv.attention import forward
 from sentencekv.config import Config
 from sentencekv.engine import Engine
 from sentencekv.prompts import Prompt, encode
+from sentencekv.reuse.decide import LEAST_SHARED_TOKENS, Decision, ReuseOptions, decide
 from sentencekv.reuse.edit import Operation, operations
 from sentencekv.reuse.match import Alignment, FuzzyOptions, align
-from sentencekv.reuse.prompt_cache import ReuseOptions
 from sentencekv.reuse.recompute import Plan, plan
 from sentencekv.reuse.report import Reuse
 from sentencekv.session import Session
-
-LEAST_CACHED_TOKENS = 64
-"""Shorter prompts are not cached; a test holds it and the cache's own bound together."""
 
 COMPARED_TOKENS = 16
 """Greedy tokens that `try_out` compares."""
@@ -195,43 +192,23 @@ def explain(
 def _outcomes(
     donor: Prompt, prompt: Prompt, alignment: Alignment, options: ReuseOptions, num_layers: int
 ) -> tuple[Outcome, Outcome]:
-    """Under `exact` and under `similar`; as `PromptCache` decides."""
+    """Under `exact` and under `similar`."""
     num_tokens = alignment.num_tokens
-    if alignment.donor_tokens < LEAST_CACHED_TOKENS:
-        reason = f"prompts of fewer than {LEAST_CACHED_TOKENS} tokens are not cached"
+    if alignment.donor_tokens < LEAST_SHARED_TOKENS:
+        reason = f"prompts of fewer than {LEAST_SHARED_TOKENS} tokens are not cached"
         return (Outcome("none", num_tokens, num_tokens, reason),) * 2
     if donor.token_ids == prompt.token_ids:
         return (Outcome("same", 0, 0, ""),) * 2
-    beginning = tuple(match for match in alignment.matches if match.kind == "prefix")
-    prefix = _outcome("prefix", dataclasses.replace(alignment, matches=beginning), options, num_layers)
-    enough = 1 - options.min_gain
-    exact = (
-        prefix if prefix.cost_tokens <= enough * num_tokens else _too_little(prefix.cost_tokens, num_tokens, options)
-    )
-    if len(beginning) == len(alignment.matches):
-        return exact, exact
-    similar = _outcome("similar", alignment, options, num_layers)
-    if similar.cost_tokens <= enough * min(prefix.cost_tokens, num_tokens):
-        return exact, similar
-    if exact.kind == "prefix":
-        return exact, exact._replace(reason="moving runs would save too little beside the shared beginning")
-    return exact, _too_little(min(prefix.cost_tokens, similar.cost_tokens), num_tokens, options)
+    exact, similar = (decide([alignment], options, num_layers, moves=moves) for moves in (False, True))
+    return _outcome(exact, num_tokens, options), _outcome(similar, num_tokens, options)
 
 
-def _outcome(
-    kind: Literal["prefix", "similar"], alignment: Alignment, options: ReuseOptions, num_layers: int
-) -> Outcome:
-    planned = plan(alignment, options)
-    cost = round(planned.cost(options, num_layers))
-    return Outcome(kind, int(planned.starts_T(options).sum()), cost, "")
-
-
-def _too_little(cost_tokens: int, num_tokens: int, options: ReuseOptions) -> Outcome:
-    reason = (
-        f"{cost_tokens:,} of {num_tokens:,} tokens would be computed anyway, and reuse has to save "
-        f"{options.min_gain:.0%} (min_gain)"
-    )
-    return Outcome("none", num_tokens, num_tokens, reason)
+def _outcome(decision: Decision, num_tokens: int, options: ReuseOptions) -> Outcome:
+    way = decision.way
+    if way is None:
+        return Outcome("none", num_tokens, num_tokens, decision.reason)
+    kind: Literal["prefix", "similar"] = "similar" if way.approximate else "prefix"
+    return Outcome(kind, int(way.planned.starts_T(options).sum()), way.cost, decision.reason)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ from sentencekv.loading import DEVICE_TYPES, load_model
 from sentencekv.memory import HostMemory
 from sentencekv.prompts import Message, Prompt, document_frame, encode, encode_chat, is_chat, section
 from sentencekv.reading import Progress
-from sentencekv.reuse.prompt_cache import DEFAULT_NAMESPACE, make_reuse_options
+from sentencekv.reuse.decide import make_reuse_options
+from sentencekv.reuse.prompt_cache import DEFAULT_NAMESPACE
 from sentencekv.sampling import make_options
 from sentencekv.saved import Contents, open_saved
 

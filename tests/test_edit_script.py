@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sentencekv.edit_script import _without_middle, explanation_block
 from sentencekv.explain import Explanation, Trial, explain_texts
 from sentencekv.prose import generate_prose
-from sentencekv.reuse.prompt_cache import make_reuse_options
+from sentencekv.reuse.decide import make_reuse_options
 from sentencekv.reuse.report import Reuse
 from sentencekv.terminal import show
 from tests.conftest import make_model
@@ -119,7 +119,7 @@ def test_outcomes(tokenizer: PreTrainedTokenizerFast) -> None:
     assert "again" not in again
     other = words(shown(explained(tokenizer, generate_prose(80, seed=9))))
     assert re.search(r"reuse=similar computes all \d+ tokens: .* 20% \(min_gain\)$", other)
-    deeper = words(shown(explained(tokenizer, CHANGED, ratio=0.1)))
+    deeper = words(shown(explained(tokenizer, CHANGED, last_tokens=0, ratio=0.1)))
     assert re.search(r"at the first layer, fewer at later ones: as much work as \d+ \(\d+%\)", deeper)
 
 

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sentencekv import Config, LongContextLM
-from sentencekv.explain import KINDS, LEAST_CACHED_TOKENS, Trial, as_dict, explain_texts, text_of, try_out
+from sentencekv.explain import KINDS, Trial, as_dict, explain_texts, text_of, try_out
 from sentencekv.prompts import encode
 from sentencekv.prose import generate_prose
-from sentencekv.reuse import prompt_cache
-from sentencekv.reuse.prompt_cache import make_reuse_options
+from sentencekv.reuse.decide import LEAST_SHARED_TOKENS, make_reuse_options
 from tests.conftest import make_model
 
 SENTENCES = [f"{each.strip()}. " for each in generate_prose(220, seed=7).split(".") if each.strip()]
@@ -35,6 +34,7 @@ PROMPTS = {
 }
 OPTIONS: list[dict[str, object]] = [
     {},
+    {"last_tokens": 0},
     {"min_gain": 0.6},
     {"ratio": 0.2, "retention": 0.5},
     {"score": "random", "ratio": 0.3, "first_tokens": 0},
@@ -74,7 +74,7 @@ def test_outcomes_are_those_of_the_cache(lm: LongContextLM, options: dict[str, o
 
 
 def test_moving_too_little(lm: LongContextLM) -> None:
-    text, options = PROMPTS["new but for the beginning"], make_reuse_options({})
+    text, options = PROMPTS["new but for the beginning"], make_reuse_options({"first_tokens": 16, "last_tokens": 0})
     explanation = explain_texts(DONOR, text, lm.tokenizer, lm.model.config, options)
     assert explanation.counts()["moved"] > 0
     assert explanation.exact.reason == ""
@@ -83,11 +83,10 @@ def test_moving_too_little(lm: LongContextLM) -> None:
 
 
 def test_short_prompts_are_not_cached(lm: LongContextLM) -> None:
-    assert LEAST_CACHED_TOKENS == prompt_cache._LEAST_SHARED
     caching = lm.with_config(reuse="similar")
     text = "He came. " * 12
     explanation = explain_texts(text, text, lm.tokenizer, lm.model.config, make_reuse_options({}))
-    assert LEAST_CACHED_TOKENS // 2 < explanation.alignment.donor_tokens < LEAST_CACHED_TOKENS
+    assert LEAST_SHARED_TOKENS // 2 < explanation.alignment.donor_tokens < LEAST_SHARED_TOKENS
     caching.read(text, chat=False)
     reuse = caching.read(text, chat=False).reuse
     assert reuse is not None

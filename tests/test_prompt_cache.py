@@ -21,8 +21,9 @@ from sentencekv.memory import HostMemory
 from sentencekv.prompts import Prompt
 from sentencekv.reading import read
 from sentencekv.reuse.catalog import CatalogError
+from sentencekv.reuse.decide import ReuseOptions, make_reuse_options
 from sentencekv.reuse.edit import MAX_DEPTH
-from sentencekv.reuse.prompt_cache import PromptCache, Reading, ReuseOptions, make_reuse_options
+from sentencekv.reuse.prompt_cache import PromptCache, Reading
 from sentencekv.reuse.report import Reuse
 from sentencekv.session import Session
 from tests.conftest import VOCABULARY, make_model
@@ -77,7 +78,9 @@ class Reader:
     def __init__(
         self, device: torch.device, options: dict[str, Any] | None = None, architecture: str = "llama", **settings: Any
     ) -> None:
-        self.config = Config(**{**SMALL, "reuse": "similar", "reuse_options": options or {}, **settings})
+        # Prompts here are hardly longer than the end that is computed by default.
+        few = {"first_tokens": 16, "last_tokens": 0, **(options or {})}
+        self.config = Config(**{**SMALL, "reuse": "similar", "reuse_options": few, **settings})
         self.model = make_model(architecture).to(device)
         self.policy = policies.load("codes")
         self.memory = HostMemory(self.config.host_memory_bytes, pinned=device.type == "cuda")
@@ -700,7 +703,9 @@ def test_any_prompts_in_any_order(data: st.DataObject) -> None:
 
 class TestOptions:
     def test_unknown_ones_are_named(self) -> None:
-        with pytest.raises(TypeError, match=r"unknown reuse option 'rato'; there are: first_tokens, ratio, .*min_gain"):
+        with pytest.raises(
+            TypeError, match=r"unknown reuse option 'rato'; there are: first_tokens, last_tokens, ratio, .*min_gain"
+        ):
             make_reuse_options({"rato": 0.1})
         assert make_reuse_options({"ratio": 0.1, "fuzzy": False}) == ReuseOptions(ratio=0.1)
 

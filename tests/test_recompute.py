@@ -60,6 +60,11 @@ def aligned(donor: Sequence[int], ids: Sequence[int]) -> Alignment:
     return align(donor, ids, donor_ends=prompt_of(donor).ends, ends=prompt_of(ids).ends, min_run_tokens=8)
 
 
+def only(**options: Any) -> Recompute:
+    """What a test asks for, and the prompt's end is as any other part of it."""
+    return Recompute(**{"last_tokens": 0, **options})
+
+
 class Reader:
     """A model, and prompts read with it in full or with the help of rows."""
 
@@ -98,7 +103,7 @@ class Reader:
         self, ids: Sequence[int], donor: Sequence[int] = DONOR, chunk_tokens: int = 1000, **options: Any
     ) -> tuple[Session, Rebuilt]:
         """A prompt as an edit of another."""
-        chosen = Recompute(**options)
+        chosen = only(**options)
         planned = plan(aligned(donor, ids), chosen)
         return self.rebuild(ids, planned, self.kept(donor).rows, chosen, chunk_tokens=chunk_tokens)
 
@@ -188,7 +193,7 @@ class TestEqualsFullPrefill:
     def test_after_what_a_session_shares(self, reader: Reader) -> None:
         """Going on from a session of the beginning, in place of moving its rows, gives the same."""
         kept = reader.kept(DONOR)
-        options = Recompute(first_tokens=7)
+        options = only(first_tokens=7)
         planned = plan(aligned(DONOR, MOVED), options)
         moved, want = reader.rebuild(MOVED, planned, kept.rows, options)
         reach = kept.reach(len(A), CONFIG.window_tokens)
@@ -249,19 +254,19 @@ class TestPlan:
             Match(9, 11, 3, "exact"),
             Match(30, 15, 5, "fuzzy"),
         )
-        planned = plan(Alignment(40, 20, matches), Recompute(first_tokens=2))
+        planned = plan(Alignment(40, 20, matches), only(first_tokens=2))
         assert np.flatnonzero(planned.computed_T).tolist() == [5, 6, 9, 10, 11, 12, 14, 19]
         assert np.flatnonzero(planned.optional_T).tolist() == [7, 8, 13]
         assert np.flatnonzero(planned.fuzzy_T).tolist() == [15, 16, 17, 18]
         assert planned.source_T.tolist() == [0, 1, 2, 3, 4, 20, 21, 22, 23, -1, -1, 9, 10, 11, -1, 30, 31, 32, 33, 34]
-        starts = {ratio: np.flatnonzero(planned.starts_T(Recompute(ratio=ratio))).tolist() for ratio in (0.0, 0.1)}
+        starts = {ratio: np.flatnonzero(planned.starts_T(only(ratio=ratio))).tolist() for ratio in (0.0, 0.1)}
         assert starts[0.0] == [5, 6, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19]
         assert starts[0.1] == list(range(5, 20))
 
     @pytest.mark.parametrize("first_tokens", [0, 3, 1000])
     def test_first_tokens(self, first_tokens: int) -> None:
         """Of runs shorter than that, all; of the beginning that both share, none; the last token anyhow."""
-        planned = plan(aligned(DONOR, MOVED), Recompute(first_tokens=first_tokens))
+        planned = plan(aligned(DONOR, MOVED), only(first_tokens=first_tokens))
         for start, stop in ((40, 80), (93, 133), (133, 170)):
             count = min(first_tokens, stop - start)
             assert planned.computed_T[start : start + count].all()
@@ -269,12 +274,25 @@ class TestPlan:
         assert not planned.computed_T[:40].any()
         assert planned.computed_T[80:93].all()
         assert planned.computed_T[170:].all()
-        assert plan(aligned(DONOR, DONOR), Recompute(first_tokens=first_tokens)).computed_T.sum() == 1
+        assert plan(aligned(DONOR, DONOR), only(first_tokens=first_tokens)).computed_T.sum() == 1
+
+    @pytest.mark.parametrize("last_tokens", [0, 1, 25, 100, 1000])
+    def test_last_tokens(self, last_tokens: int) -> None:
+        """Whatever the donor has of them, but for the beginning that both share: its KV is exact."""
+        without = plan(aligned(DONOR, MOVED), only(first_tokens=3)).computed_T
+        planned = plan(aligned(DONOR, MOVED), only(first_tokens=3, last_tokens=last_tokens))
+        stop = max(len(MOVED) - last_tokens, 40)
+        assert planned.computed_T[stop:].all()
+        assert (planned.computed_T[:stop] == without[:stop]).all()
+        assert not (planned.computed_T & planned.optional_T).any()
+        matches = (Match(0, 0, 5, "prefix"), Match(30, 15, 5, "fuzzy"))
+        fuzzy = plan(Alignment(40, 20, matches), only(last_tokens=2))
+        assert np.flatnonzero(fuzzy.fuzzy_T).tolist() == [15, 16, 17]
 
     def test_random_is_as_many_and_a_seed_says_which(self) -> None:
         alignment = aligned(DONOR, MOVED)
-        plans = [plan(alignment, Recompute(first_tokens=4, score="random", ratio=0.3, seed=seed)) for seed in (0, 0, 1)]
-        must = plan(alignment, Recompute(first_tokens=4))
+        plans = [plan(alignment, only(first_tokens=4, score="random", ratio=0.3, seed=seed)) for seed in (0, 0, 1)]
+        must = plan(alignment, only(first_tokens=4))
         num_chosen = [(each.computed_T & ~must.computed_T).sum() for each in plans]
         assert num_chosen == [round(0.3 * must.optional_T.sum())] * 3
         assert (plans[0].computed_T == plans[1].computed_T).all()
@@ -289,12 +307,13 @@ class TestPlan:
             {"first_tokens": 0, "ratio": 0.4, "check_layer": 2},
             {"first_tokens": 0, "ratio": 0.8, "retention": 0.2},
             {"first_tokens": 5, "ratio": 0.3, "score": "random"},
+            {"first_tokens": 0, "last_tokens": 90},
         ],
         ids=str,
     )
     def test_cost_is_what_is_computed(self, options: dict[str, Any], reader: Reader) -> None:
         """In tokens at every layer; a shrinking set is estimated by a curve, to an eighth."""
-        chosen = Recompute(**options)
+        chosen = only(**options)
         cost = plan(aligned(DONOR, MOVED), chosen).cost(chosen, LAYERS)
         _, rebuilt = reader.edited(MOVED, **options)
         mean = sum(counts(rebuilt)) / LAYERS
@@ -322,7 +341,7 @@ class TestChoice:
     @pytest.mark.parametrize("options", [{"ratio": 0.6}, {"ratio": 0.6, "retention": 0.1}], ids=str)
     def test_sets_are_nested(self, options: dict[str, Any], reader: Reader) -> None:
         """What must be computed is in all of them."""
-        chosen = Recompute(first_tokens=4, **options)
+        chosen = only(first_tokens=4, **options)
         planned = plan(aligned(DONOR, MOVED), chosen)
         _, rebuilt = reader.rebuild(MOVED, planned, reader.kept(DONOR).rows, chosen)
         sets = computed(rebuilt)
@@ -459,7 +478,7 @@ class TestScores:
     @pytest.mark.parametrize("score", [score for score in SCORES if score != "random"])
     def test_the_highest_are_chosen(self, score: str, reader: Reader) -> None:
         """At layer 1, as measured from outside."""
-        options = Recompute(first_tokens=4, ratio=0.3, score=score)  # type: ignore[arg-type]
+        options = only(first_tokens=4, ratio=0.3, score=score)  # type: ignore[arg-type]
         planned = plan(aligned(DONOR, MOVED), options)
         _, rebuilt = reader.rebuild(MOVED, planned, reader.kept(DONOR).rows, options)
         found = measured(reader, 1)
@@ -485,7 +504,7 @@ class TestScores:
         """The mean error of those left is below it, where they are measured; a stricter one leaves fewer."""
         found = measured(reader, 1)
         error_T = found.error_T.cpu()
-        planned = plan(aligned(DONOR, MOVED), Recompute(first_tokens=4))
+        planned = plan(aligned(DONOR, MOVED), only(first_tokens=4))
         optional = np.flatnonzero(planned.optional_T)
         must = set(np.flatnonzero(planned.computed_T).tolist())
         # The least by score come first, and what they are off by, as a share of what they are, need not rise.
@@ -511,7 +530,7 @@ class TestScores:
     def test_attention_recovery(self, reader: Reader) -> None:
         """The fewest tokens that get this share of the attention which the last ones pay all that may be chosen."""
         attention_T = measured(reader, 1).attention_T.cpu().numpy()
-        planned = plan(aligned(DONOR, MOVED), Recompute(first_tokens=4))
+        planned = plan(aligned(DONOR, MOVED), only(first_tokens=4))
         optional = np.flatnonzero(planned.optional_T)
         must = set(np.flatnonzero(planned.computed_T).tolist())
         ranked = optional[np.argsort(-attention_T[optional], kind="stable")]
@@ -596,7 +615,7 @@ class TestPositions:
     @pytest.mark.parametrize("chunk_tokens", [1000, 11])
     def test_nobody_sees_what_comes_later(self, chunk_tokens: int, reader: Reader) -> None:
         """A row that is changed changes computed tokens from its place on, by position, and none before it."""
-        options = Recompute(first_tokens=5)
+        options = only(first_tokens=5)
         planned = plan(aligned(DONOR, MOVED), options)
         kept = reader.kept(DONOR)
         rows = {layer: take(kept.rows, layer, np.arange(len(DONOR))) for layer in kept.rows.layers}
@@ -649,7 +668,7 @@ def divergences() -> Callable[..., float]:
     truth_LV = following(pocket.full(mixed)[0])
 
     def of(**options: Any) -> float:
-        chosen = Recompute(**options)
+        chosen = only(**options)
         session, _ = pocket.rebuild(mixed, plan(aligned(donor, mixed), chosen), kept.rows, chosen)
         return float((truth_LV.exp() * (truth_LV - following(session))).sum(-1).mean())
 
@@ -682,7 +701,7 @@ def fuzzy(alignment: Alignment) -> Alignment:
 
 class TestFuzzy:
     def test_similar_tokens_are_computed_at_fewer_and_fewer_layers(self, reader: Reader) -> None:
-        options = Recompute(retention=0.1)
+        options = only(retention=0.1)
         planned = plan(fuzzy(aligned(DONOR, MOVED)), options)
         _, rebuilt = reader.rebuild(MOVED, planned, reader.kept(DONOR).rows, options)
         must, chosen = 13 + 7, 40 + 40 + 37
@@ -690,16 +709,17 @@ class TestFuzzy:
         assert counts(rebuilt) == [must + chosen, must + chosen, *want]
 
     def test_all_of_them_are_full_prefill(self, reader: Reader) -> None:
-        planned = plan(fuzzy(aligned(DONOR, MOVED)), Recompute())
-        _, rebuilt = reader.rebuild(MOVED, planned, reader.kept(DONOR).rows, Recompute())
+        planned = plan(fuzzy(aligned(DONOR, MOVED)), only())
+        _, rebuilt = reader.rebuild(MOVED, planned, reader.kept(DONOR).rows, only())
         assert difference(logits_of(rebuilt), reader.full(MOVED)[1]) < 1e-4
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"first_tokens": -1}, "first_tokens and check_layer must be at least 0, got -1 and 1"),
-        ({"check_layer": -2}, "got 16 and -2"),
+        ({"first_tokens": -1}, "first_tokens must be at least 0, got -1"),
+        ({"last_tokens": -3}, "last_tokens must be at least 0, got -3"),
+        ({"check_layer": -2}, "check_layer must be at least 0, got -2"),
         ({"ratio": 1.5}, "ratio must be from 0 to 1 .* got 1.5"),
         ({"ratio": float("nan")}, "ratio must be"),
         ({"retention": 0.0}, "retention above 0 and at most 1, got 0.0 and 0.0"),

@@ -423,7 +423,7 @@ def test_a_run_goes_on_and_has_a_page(
     reader: Reader, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = methods_of("full,rotation,default,random,answer-cache")
-    pairs = [dataclasses.replace(pair, max_new_tokens=4) for pair in moved(source, tokens=200, share=0.6, cases=2)]
+    pairs = [dataclasses.replace(pair, max_new_tokens=4) for pair in moved(source, tokens=400, share=0.8, cases=2)]
     settings = {"suite": "trial", "policies": [method.name for method in methods]}
     out = RunFolder(tmp_path / "run", settings, {})
     run(reader, methods, pairs, out)

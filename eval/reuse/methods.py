@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from eval.statistics import FULL
 from sentencekv.policies import parse
-from sentencekv.reuse.prompt_cache import make_reuse_options
+from sentencekv.reuse.decide import make_reuse_options
 
 DEFAULT = "default"
 """What `reuse="similar"` does if nothing else is said; other methods are compared with it."""
@@ -39,7 +39,8 @@ class Method:
 
 
 _NO_FALLBACK = {"min_gain": 0.0}
-_NOTHING_FIRST = {"first_tokens": 0, **_NO_FALLBACK}
+_PUBLISHED = {"last_tokens": 0, **_NO_FALLBACK}
+_NOTHING_FIRST = {"first_tokens": 0, **_PUBLISHED}
 _SHARE = {"ratio": 0.15, **_NOTHING_FIRST}
 
 _METHODS = (
@@ -47,14 +48,14 @@ _METHODS = (
     Method(name="prefix", reuse="exact", options=_NO_FALLBACK),
     Method(name="naive", options={"rotate": False, **_NOTHING_FIRST}),
     Method(name="rotation", options=_NOTHING_FIRST),
-    Method(name="first-4", options={"first_tokens": 4, **_NO_FALLBACK}),
-    Method(name="first-16", options={"first_tokens": 16, **_NO_FALLBACK}),
+    Method(name="first-4", options={"first_tokens": 4, **_PUBLISHED}),
+    Method(name="first-16", options={"first_tokens": 16, **_PUBLISHED}),
     Method(name="value", options={"score": "value_deviation", **_SHARE}),
     Method(name="key", options={"score": "key_deviation", **_SHARE}),
     Method(name="attention", options={"score": "attention_deviation", **_SHARE}),
     Method(name="query", options={"score": "query_attention", **_SHARE}),
     Method(name="fuzzy", options={"fuzzy": True, "retention": 0.1, **_NOTHING_FIRST}),
-    Method(name="fuzzy-or-full", options={"fuzzy": True, "retention": 0.1, "first_tokens": 0}),
+    Method(name="fuzzy-or-full", options={"fuzzy": True, "retention": 0.1, "first_tokens": 0, "last_tokens": 0}),
     Method(name=DEFAULT),
     Method(name="random", options={"score": "random", **_NOTHING_FIRST}, like=DEFAULT),
     Method(name="random-as-value", options={"score": "random", **_NOTHING_FIRST}, like="value"),

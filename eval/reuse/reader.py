@@ -22,7 +22,8 @@ from sentencekv import LongContextLM
 from sentencekv.attention import forward
 from sentencekv.prompts import Prompt
 from sentencekv.prose import generate_prose
-from sentencekv.reuse.prompt_cache import PromptCache, make_reuse_options
+from sentencekv.reuse.decide import make_reuse_options
+from sentencekv.reuse.prompt_cache import PromptCache
 from sentencekv.reuse.report import Reuse
 from sentencekv.session import Session
 

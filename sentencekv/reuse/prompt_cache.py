@@ -8,7 +8,6 @@ namespace; approximate ones for themselves alone.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +26,12 @@ from sentencekv.memory import HostMemory
 from sentencekv.prompts import Prompt
 from sentencekv.reading import Progress, read
 from sentencekv.reuse.catalog import Catalog, EntryGoneError, Payload, Record
+from sentencekv.reuse.decide import LEAST_SHARED_TOKENS, Decision, Way, decide, make_reuse_options
 from sentencekv.reuse.edit import CachedPrompt, derived, rebased
 from sentencekv.reuse.index import shared_prefix
 from sentencekv.reuse.kept import Kept, StateRows
 from sentencekv.reuse.match import Alignment, FuzzyOptions, Match, align
-from sentencekv.reuse.recompute import Plan, Rebuilt, Recompute, plan, rebuild
+from sentencekv.reuse.recompute import Plan, Rebuilt, rebuild
 from sentencekv.reuse.report import Reuse
 from sentencekv.rope import Rotation, rotations
 from sentencekv.session import Session
@@ -41,46 +41,9 @@ _LOG = logging.getLogger(__name__)
 DEFAULT_NAMESPACE = "default"
 _CANDIDATES = 3
 """Cached prompts that a new one is aligned with, the likeliest ones."""
-_LEAST_SHARED = 64
-"""Tokens of a beginning that are worth sharing."""
 _EMBEDDED_AT_ONCE = 4096
 _PARENT_SHARE = 0.25
 """Of its rows that an exact prompt has to have from another to be kept as an edit of it."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReuseOptions(Recompute):
-    """How a prompt is read with the help of a similar one. Raises ValueError on a bad value."""
-
-    fuzzy: bool = False
-    """Reuse KV of similar tokens where no equal ones are (SemShareKV). Names and numbers are near neighbours, so an
-    answer may then be the cached prompt's."""
-
-    min_gain: float = 0.2
-    """Share of the tokens to compute that reuse has to save; else the prompt is read as if there were no cache."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.fuzzy, bool) or not isinstance(self.min_gain, int | float):
-            raise TypeError(
-                f"fuzzy must be True or False and min_gain a number, got {self.fuzzy!r} and {self.min_gain!r}"
-            )
-        if self.fuzzy and self.retention == 1:
-            raise ValueError(
-                "fuzzy matches save what is not computed of them at later layers, and retention=1 computes all; give "
-                "retention below 1, such as 0.1"
-            )
-        if not 0 <= self.min_gain < 1:
-            raise ValueError(f"min_gain must be at least 0 and below 1, got {self.min_gain}")
-
-
-def make_reuse_options(given: Mapping[str, Any]) -> ReuseOptions:
-    """Options from keywords. Raises TypeError for an unknown one, by name; ValueError for a bad value."""
-    known = [field.name for field in dataclasses.fields(ReuseOptions)]
-    for name in given:
-        if name not in known:
-            raise TypeError(f"unknown reuse option {name!r}; there are: {', '.join(known)}")
-    return ReuseOptions(**given)
 
 
 class Reading(NamedTuple):
@@ -91,8 +54,7 @@ class Reading(NamedTuple):
     """Float32, of the last token."""
     finish: Callable[[float], Reuse]
     """Caches the prompt, if that helps others, and says what was reused. Called once, after the answer, with the
-    seconds
-    that reading took: what it costs is not part of them."""
+    seconds that reading took: what caching costs is not part of them."""
 
 
 def _report_all(prompt: Prompt, progress: Progress | None) -> None:
@@ -108,13 +70,6 @@ def _for_want_of_room() -> Iterator[None]:
         yield
     except (MemoryError, OSError, EntryGoneError) as error:
         _LOG.warning("the prompt is not cached: %s", error)
-
-
-class _Found(NamedTuple):
-    record: Record
-    alignment: Alignment
-    planned: Plan
-    cost: int
 
 
 class PromptCache:
@@ -191,11 +146,11 @@ class PromptCache:
                 _report_all(prompt, progress)
                 return reading
         embedding = self._embedding(prompt)
-        found, reason = self._find(prompt, namespace, embedding)
+        record, (way, reason) = self._find(prompt, namespace, embedding)
         seconds = time.perf_counter() - started_at
-        if found is not None:
+        if record is not None and way is not None:
             try:
-                reading = self._rebuild(prompt, namespace, embedding, found, reason, seconds)
+                reading = self._rebuild(prompt, namespace, embedding, record, way, reason, seconds)
                 _report_all(prompt, progress)
                 return reading
             except (EntryGoneError, MemoryError) as error:
@@ -264,13 +219,13 @@ class PromptCache:
         prompt: Prompt,
         namespace: str,
         embedding: np.ndarray,
-        found: _Found,
+        record: Record,
+        way: Way,
         reason: str,
         seconds_to_find: float,
     ) -> Reading:
         """Some of a prompt's KV from the cache, the rest computed."""
-        record, alignment, planned, _ = found
-        approximate = any(match.kind != "prefix" for match in alignment.matches)
+        alignment, planned, approximate = way.alignment, way.planned, way.approximate
         with self._held(record) as cached:
             session, rebuilt = self._restore(prompt, cached, planned, alignment.num_prefix)
         logits_V = rebuilt.logits_V
@@ -310,7 +265,7 @@ class PromptCache:
         """A session with all of a prompt, from what is cached and what is computed."""
         session = self._new_session()
         kept = cached.kept
-        if kept is not None and num_prefix >= _LEAST_SHARED:
+        if kept is not None and num_prefix >= LEAST_SHARED_TOKENS:
             reach = kept.reach(num_prefix, self._config.window_tokens)
             if reach:
                 state = kept.upto(reach, session.device)
@@ -335,36 +290,17 @@ class PromptCache:
             assert isinstance(payload, CachedPrompt)
             yield payload
 
-    def _find(self, prompt: Prompt, namespace: str, embedding: np.ndarray) -> tuple[_Found | None, str]:
-        """The cached prompt that leaves least to compute; or why there is none."""
-        num_tokens = len(prompt.token_ids)
+    def _find(self, prompt: Prompt, namespace: str, embedding: np.ndarray) -> tuple[Record | None, Decision]:
+        """The cached prompt that leaves least to compute, and what to do with it."""
         ids = np.asarray(prompt.token_ids)
-        exact: _Found | None = None
-        similar: _Found | None = None
-        for record in self.catalog.donors(namespace, ids, embedding, _CANDIDATES):
-            alignment = self._align(record, ids, prompt.ends)
-            prefix = dataclasses.replace(
-                alignment, matches=tuple(match for match in alignment.matches if match.kind == "prefix")
-            )
-            each = self._found(record, prefix)
-            if exact is None or each.cost < exact.cost:
-                exact = each
-            if self._config.reuse == "similar" and len(alignment.matches) > len(prefix.matches):
-                each = self._found(record, alignment)
-                if similar is None or each.cost < similar.cost:
-                    similar = each
-        if exact is None:
-            return None, "nothing like it is cached"
-        enough = 1 - self.options.min_gain
-        if similar is not None and similar.cost <= enough * min(exact.cost, num_tokens):
-            return similar, ""
-        if exact.cost <= enough * num_tokens:
-            return exact, "" if similar is None else "moving runs would save too little beside the shared beginning"
-        best = min(exact.cost, similar.cost if similar is not None else exact.cost)
-        return None, (
-            f"{best:,} of {num_tokens:,} tokens would be computed anyway, and reuse has to save "
-            f"{self.options.min_gain:.0%} (min_gain)"
+        records = list(self.catalog.donors(namespace, ids, embedding, _CANDIDATES))
+        decision = decide(
+            [self._align(record, ids, prompt.ends) for record in records],
+            self.options,
+            text_config(self._model).num_hidden_layers,
+            moves=self._config.reuse == "similar",
         )
+        return None if decision.way is None else records[decision.way.at], decision
 
     def _align(self, record: Record, ids: np.ndarray, ends: Sequence[int]) -> Alignment:
         if self._config.reuse == "exact":
@@ -375,11 +311,6 @@ class PromptCache:
         return align(
             record.token_ids, ids, donor_ends=record.ends, ends=ends, fuzzy=fuzzy, embedding_VE=self._embedding_VE
         )
-
-    def _found(self, record: Record, alignment: Alignment) -> _Found:
-        planned = plan(alignment, self.options)
-        cost = planned.cost(self.options, text_config(self._model).num_hidden_layers)
-        return _Found(record, alignment, planned, round(cost))
 
     def _embedding(self, prompt: Prompt) -> np.ndarray:
         if self._embed is not None:
@@ -401,7 +332,7 @@ class PromptCache:
     ) -> None:
         """Cache a prompt that was read exactly, for all that come."""
         num_tokens = len(prompt.token_ids)
-        if self._closed or num_tokens < _LEAST_SHARED or self._is_cached(prompt, namespace, approximate=False):
+        if self._closed or num_tokens < LEAST_SHARED_TOKENS or self._is_cached(prompt, namespace, approximate=False):
             return
         with self._parent_of(donor if num_prefix >= _PARENT_SHARE * num_tokens else None) as parent:
             kept = Kept(session.state(), num_tokens, self._memory)

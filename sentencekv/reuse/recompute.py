@@ -53,8 +53,12 @@ longer than computing the few tokens that are computed."""
 class Recompute:
     """Which of the tokens that a cached prompt has are computed anew. Raises ValueError on a bad value."""
 
-    first_tokens: int = 16
+    first_tokens: int = 4
     """Of each run that does not begin the prompt: what they attend to is what changed most."""
+
+    last_tokens: int = 128
+    """Of the prompt, unless they are part of the beginning that both prompts share: what is said next depends on them
+    most, and they have seen what changed."""
 
     ratio: float = 0.0
     """Share of the other reused tokens that is computed as well, chosen by `score`."""
@@ -86,7 +90,7 @@ class Recompute:
     """Of `random`."""
 
     def __post_init__(self) -> None:
-        for name in ("first_tokens", "check_layer", "seed"):
+        for name in ("first_tokens", "last_tokens", "check_layer", "seed"):
             if not isinstance(getattr(self, name), int):
                 raise TypeError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         for name in ("ratio", "retention", "target_error", "attention_recovery"):
@@ -95,10 +99,9 @@ class Recompute:
                 raise TypeError(f"{name} must be a number, got {value!r}")
         if not isinstance(self.rotate, bool):
             raise TypeError(f"rotate must be True or False, got {self.rotate!r}")
-        if self.first_tokens < 0 or self.check_layer < 0:
-            raise ValueError(
-                f"first_tokens and check_layer must be at least 0, got {self.first_tokens} and {self.check_layer}"
-            )
+        for name in ("first_tokens", "last_tokens", "check_layer"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.ratio <= 1 or not 0 < self.retention <= 1:
             raise ValueError(
                 f"ratio must be from 0 to 1 and retention above 0 and at most 1, got {self.ratio} and {self.retention}"
@@ -176,6 +179,8 @@ def plan(alignment: Alignment, options: Recompute) -> Plan:
         elif match.kind == "exact":
             optional_T[rows] = True
             computed_T[rows][: options.first_tokens] = True
+    at_end = slice(max(len(computed_T) - options.last_tokens, 0), None)
+    computed_T[at_end] |= (optional_T | fuzzy_T)[at_end]
     computed_T[-1] = True
     optional_T &= ~computed_T
     fuzzy_T &= ~computed_T
