@@ -24,7 +24,7 @@ from sentencekv.engine import Engine
 from sentencekv.prompts import Prompt, encode
 from sentencekv.reuse.decide import LEAST_SHARED_TOKENS, Decision, ReuseOptions, decide
 from sentencekv.reuse.edit import Operation, operations
-from sentencekv.reuse.match import Alignment, FuzzyOptions, align
+from sentencekv.reuse.match import Alignment, align
 from sentencekv.reuse.recompute import Plan, plan
 from sentencekv.reuse.report import Reuse
 from sentencekv.session import Session
@@ -179,7 +179,7 @@ def explain(
         prompt.token_ids,
         donor_ends=donor.ends,
         ends=prompt.ends,
-        fuzzy=FuzzyOptions() if options.fuzzy else None,
+        fuzzy=options.matching,
         embedding_VE=embedding_VE,
     )
     exact, similar = _outcomes(donor, prompt, alignment, options, num_layers)

@@ -79,7 +79,7 @@ class Reader:
         self, device: torch.device, options: dict[str, Any] | None = None, architecture: str = "llama", **settings: Any
     ) -> None:
         # Prompts here are hardly longer than the end that is computed by default.
-        few = {"first_tokens": 16, "last_tokens": 0, **(options or {})}
+        few = {"first_tokens": 16, "after_new": 0, "last_tokens": 0, **(options or {})}
         self.config = Config(**{**SMALL, "reuse": "similar", "reuse_options": few, **settings})
         self.model = make_model(architecture).to(device)
         self.policy = policies.load("codes")
@@ -704,7 +704,7 @@ def test_any_prompts_in_any_order(data: st.DataObject) -> None:
 class TestOptions:
     def test_unknown_ones_are_named(self) -> None:
         with pytest.raises(
-            TypeError, match=r"unknown reuse option 'rato'; there are: first_tokens, last_tokens, ratio, .*min_gain"
+            TypeError, match=r"unknown reuse option 'rato'; there are: first_tokens, after_new, last_tokens, ratio, .*min_gain"
         ):
             make_reuse_options({"rato": 0.1})
         assert make_reuse_options({"ratio": 0.1, "fuzzy": False}) == ReuseOptions(ratio=0.1)

@@ -62,7 +62,7 @@ def aligned(donor: Sequence[int], ids: Sequence[int]) -> Alignment:
 
 def only(**options: Any) -> Recompute:
     """What a test asks for, and the prompt's end is as any other part of it."""
-    return Recompute(**{"last_tokens": 0, **options})
+    return Recompute(**{"after_new": 0, "last_tokens": 0, **options})
 
 
 class Reader:
@@ -275,6 +275,15 @@ class TestPlan:
         assert planned.computed_T[80:93].all()
         assert planned.computed_T[170:].all()
         assert plan(aligned(DONOR, DONOR), only(first_tokens=first_tokens)).computed_T.sum() == 1
+
+    def test_after_new_tokens(self) -> None:
+        """What follows new tokens takes them in; what follows another run has nothing new before it."""
+        planned = plan(aligned(DONOR, MOVED), only(first_tokens=2, after_new=9))
+        for start, stop, count in ((40, 80, 2), (93, 133, 9), (133, 170, 2)):
+            assert planned.computed_T[start : start + count].all()
+            assert not planned.computed_T[start + count : stop].any()
+        fewer = plan(aligned(DONOR, MOVED), only(first_tokens=12, after_new=9))
+        assert fewer.computed_T[93 : 93 + 12].all()
 
     @pytest.mark.parametrize("last_tokens", [0, 1, 25, 100, 1000])
     def test_last_tokens(self, last_tokens: int) -> None:
@@ -718,7 +727,9 @@ class TestFuzzy:
     ("given", "message"),
     [
         ({"first_tokens": -1}, "first_tokens must be at least 0, got -1"),
+        ({"after_new": -2}, "after_new must be at least 0, got -2"),
         ({"last_tokens": -3}, "last_tokens must be at least 0, got -3"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"check_layer": -2}, "check_layer must be at least 0, got -2"),
         ({"ratio": 1.5}, "ratio must be from 0 to 1 .* got 1.5"),
         ({"ratio": float("nan")}, "ratio must be"),

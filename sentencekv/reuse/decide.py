@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sentencekv.reuse.match import Alignment
+from sentencekv.reuse.match import Alignment, FuzzyOptions
 from sentencekv.reuse.recompute import Plan, Recompute, plan
 
 LEAST_SHARED_TOKENS = 64
@@ -24,15 +24,20 @@ class ReuseOptions(Recompute):
     """Reuse KV of similar tokens where no equal ones are (SemShareKV). Names and numbers are near neighbours, so an
     answer may then be the cached prompt's."""
 
+    monotone: bool = True
+    """Similar tokens are matched in order, each once, near the place where they stood. False: each with the most similar
+    one anywhere, as SemShareKV does."""
+
     min_gain: float = 0.2
     """Share of the tokens to compute that reuse has to save; else the prompt is read as if there were no cache."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.fuzzy, bool) or not isinstance(self.min_gain, int | float):
-            raise TypeError(
-                f"fuzzy must be True or False and min_gain a number, got {self.fuzzy!r} and {self.min_gain!r}"
-            )
+        for name in ("fuzzy", "monotone"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.min_gain, int | float) or isinstance(self.min_gain, bool):
+            raise TypeError(f"min_gain must be a number, got {self.min_gain!r}")
         if self.fuzzy and self.retention == 1:
             raise ValueError(
                 "fuzzy matches save what is not computed of them at later layers, and retention=1 computes all; give "
@@ -40,6 +45,11 @@ class ReuseOptions(Recompute):
             )
         if not 0 <= self.min_gain < 1:
             raise ValueError(f"min_gain must be at least 0 and below 1, got {self.min_gain}")
+
+    @property
+    def matching(self) -> FuzzyOptions | None:
+        """How similar tokens are matched; None: they are not."""
+        return FuzzyOptions(monotone=self.monotone) if self.fuzzy else None
 
 
 def make_reuse_options(given: Mapping[str, Any]) -> ReuseOptions:

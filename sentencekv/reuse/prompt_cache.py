@@ -30,7 +30,7 @@ from sentencekv.reuse.decide import LEAST_SHARED_TOKENS, Decision, Way, decide, 
 from sentencekv.reuse.edit import CachedPrompt, derived, rebased
 from sentencekv.reuse.index import shared_prefix
 from sentencekv.reuse.kept import Kept, StateRows
-from sentencekv.reuse.match import Alignment, FuzzyOptions, Match, align
+from sentencekv.reuse.match import Alignment, Match, align
 from sentencekv.reuse.recompute import Plan, Rebuilt, rebuild
 from sentencekv.reuse.report import Reuse
 from sentencekv.rope import Rotation, rotations
@@ -307,10 +307,8 @@ class PromptCache:
             shared = shared_prefix(record.token_ids, ids)
             matches = (Match(0, 0, shared, "prefix"),) if shared else ()
             return Alignment(len(record.token_ids), len(ids), matches)
-        fuzzy = FuzzyOptions() if self.options.fuzzy else None
-        return align(
-            record.token_ids, ids, donor_ends=record.ends, ends=ends, fuzzy=fuzzy, embedding_VE=self._embedding_VE
-        )
+        fuzzy, embedding_VE = self.options.matching, self._embedding_VE
+        return align(record.token_ids, ids, donor_ends=record.ends, ends=ends, fuzzy=fuzzy, embedding_VE=embedding_VE)
 
     def _embedding(self, prompt: Prompt) -> np.ndarray:
         if self._embed is not None:

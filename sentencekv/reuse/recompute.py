@@ -54,7 +54,11 @@ class Recompute:
     """Which of the tokens that a cached prompt has are computed anew. Raises ValueError on a bad value."""
 
     first_tokens: int = 4
-    """Of each run that does not begin the prompt: what they attend to is what changed most."""
+    """Of each run that comes after another one: what they attend to is what changed most."""
+
+    after_new: int = 16
+    """Of each run that comes after tokens which the cached prompt does not have, or at least `first_tokens`: they take
+    in what is new, and later tokens find it through them."""
 
     last_tokens: int = 128
     """Of the prompt, unless they are part of the beginning that both prompts share: what is said next depends on them
@@ -90,16 +94,17 @@ class Recompute:
     """Of `random`."""
 
     def __post_init__(self) -> None:
-        for name in ("first_tokens", "last_tokens", "check_layer", "seed"):
-            if not isinstance(getattr(self, name), int):
+        for name in ("first_tokens", "after_new", "last_tokens", "check_layer", "seed"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         for name in ("ratio", "retention", "target_error", "attention_recovery"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) and (value is not None or name in ("ratio", "retention")):
+            optional = name in ("target_error", "attention_recovery")
+            if (not isinstance(value, int | float) or isinstance(value, bool)) and not (optional and value is None):
                 raise TypeError(f"{name} must be a number, got {value!r}")
         if not isinstance(self.rotate, bool):
             raise TypeError(f"rotate must be True or False, got {self.rotate!r}")
-        for name in ("first_tokens", "last_tokens", "check_layer"):
+        for name in ("first_tokens", "after_new", "last_tokens", "check_layer", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.ratio <= 1 or not 0 < self.retention <= 1:
@@ -178,7 +183,9 @@ def plan(alignment: Alignment, options: Recompute) -> Plan:
             fuzzy_T[rows] = True
         elif match.kind == "exact":
             optional_T[rows] = True
-            computed_T[rows][: options.first_tokens] = True
+            after_new = match.start > 0 and source_T[match.start - 1] < 0
+            count = max(options.first_tokens, options.after_new if after_new else 0)
+            computed_T[rows][:count] = True
     at_end = slice(max(len(computed_T) - options.last_tokens, 0), None)
     computed_T[at_end] |= (optional_T | fuzzy_T)[at_end]
     computed_T[-1] = True
