@@ -68,7 +68,7 @@ class TestFinding:
             catalog.remove(records[2])
             assert catalog.same("a", tokens(2)) is None
             assert set(found(catalog, 2)) == {*records[:2], *records[3:]}
-            for call in (catalog.payload, catalog.depth, lambda record: catalog.held(record).__enter__()):
+            for call in (catalog.payload, lambda record: catalog.held(record).__enter__()):
                 with pytest.raises(EntryGoneError):
                     call(records[2])
             again = kept(catalog, 2)
@@ -237,7 +237,7 @@ class TestNamespaces:
 
     def test_nothing_but_bounds_is_shared(self) -> None:
         """No method that answers for a namespace looks through all of them."""
-        for method in (Catalog.same, Catalog.has, Catalog.donors, Catalog.statistics, Catalog.depth):
+        for method in (Catalog.same, Catalog.has, Catalog.donors, Catalog.statistics, Catalog.prefix_donor):
             source = inspect.getsource(method)
             assert "_space(namespace)" in source or "_find(record)" in source
             assert "_tiers" not in source

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sentencekv.reuse import index
-from sentencekv.reuse.index import SURE_RUN_TOKENS, Found, Prompt, PromptIndex, shared_prefix, window_buckets
+from sentencekv.reuse.index import Found, Prompt, PromptIndex, shared_prefix, window_buckets
 
 SIZE = 6
 WORDS = 5000
@@ -100,13 +100,32 @@ class TestPrefix:
             assert sharing(made, tokens(asked), limit=1)[0].shared_tokens // 16 >= longest // 16
 
 
+class TestLongestPrefix:
+    def test_more_shared_elsewhere_does_not_crowd_it_out(self) -> None:
+        """What moved is approximate, a prefix is exact: the longest is among whatever is found."""
+        start, rest = draw_tokens(1, 300), draw_tokens(2, 900)
+        asked = np.concatenate([start, rest])
+        others = [np.concatenate([draw_tokens(10 + i, 40), rest, start]) for i in range(5)]
+        made = make_index(*others, np.concatenate([start, draw_tokens(3, 50)]))
+        for limit in (1, 3):
+            found = made.find(asked, draw_embedding(0), limit)
+            assert len(found) == limit
+            assert (found[-1].key, found[-1].prefix_tokens) == (105, 300)
+        assert made.longest_prefix(asked) == 105
+        assert made.longest_prefix(draw_tokens(99, 50)) is None
+        assert make_index().longest_prefix(asked) is None
+
+
 class TestSharedRuns:
+    SURE_RUN = 71
+    """Tokens that hold a whole window of shingles, wherever they are."""
+
     @settings(max_examples=50, deadline=None)
     @given(st.integers(0, 10**6), st.integers(0, 400), st.integers(0, 400))
     def test_a_run_anywhere_is_found(self, seed: int, donor_start: int, start: int) -> None:
         """Just as long as it has to be, at any two places, among prompts that share nothing."""
         donor, prompt = draw_tokens(seed, 500), draw_tokens(seed + 1, 500)
-        prompt[start : start + SURE_RUN_TOKENS] = donor[donor_start : donor_start + SURE_RUN_TOKENS]
+        prompt[start : start + self.SURE_RUN] = donor[donor_start : donor_start + self.SURE_RUN]
         made = make_index(*(draw_tokens(seed + 2 + i, 600) for i in range(5)), donor)
         assert made._buckets.most_shared(*window_buckets(prompt), 3) == [105]
         assert 105 in {each.key for each in made.find(prompt, draw_embedding(1), limit=6)}

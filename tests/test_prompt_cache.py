@@ -22,7 +22,7 @@ from sentencekv.prompts import Prompt
 from sentencekv.reading import read
 from sentencekv.reuse.catalog import CatalogError
 from sentencekv.reuse.decide import ReuseOptions, make_reuse_options
-from sentencekv.reuse.edit import MAX_DEPTH
+from sentencekv.reuse.edit import MAX_DEPTH, CachedPrompt
 from sentencekv.reuse.prompt_cache import PromptCache, Reading
 from sentencekv.reuse.report import Reuse
 from sentencekv.session import Session
@@ -247,6 +247,23 @@ class TestChoice:
         _, reuse = reader.read(A + B + C + Z)
         assert (reuse.kind, reuse.prefix_tokens, reuse.donor) == ("prefix", 300, longest.key)
 
+    def test_a_longer_beginning_than_what_shares_more(self, device: torch.device) -> None:
+        """Others share more tokens, elsewhere; only a beginning can be taken."""
+        reader = Reader(device, reuse="exact")
+        for ids in (A + B + X, *(paragraph(30 + number) + B + A + Z + E for number in range(4))):
+            reader.read(ids)
+        _, reuse = reader.read(A + B + Z + E)
+        assert (reuse.kind, reuse.prefix_tokens) == ("prefix", 200)
+
+    @pytest.mark.parametrize("mode", ["exact", "similar"])
+    def test_a_beginning_too_short_to_share(self, mode: str, device: torch.device) -> None:
+        """Though nothing has to be saved: it is read as if nothing were cached."""
+        reader = Reader(device, {"min_gain": 0.0}, reuse=mode)
+        reader.read(DONOR)
+        for shared in (0, 1, 63):
+            _, reuse = reader.read(A[:shared] + paragraph(40 + shared, 200))
+            assert (reuse.kind, reuse.donor, reuse.prefix_tokens) == ("none", None, 0)
+
     def test_moved_runs_only_if_they_save_enough(self, reader: Reader) -> None:
         """Beside the beginning that both share, which costs nothing in exactness."""
         reader.read(A + B + C + D)
@@ -328,7 +345,9 @@ class TestTree:
             assert difference(reading.logits_V, reader.full(ids)[1]) < 1e-4
             record = reader.cache.catalog.same("a", ids)
             assert record is not None
-            depths.append(reader.cache.catalog.depth(record))
+            with reader.cache.catalog.held(record) as payload:
+                assert isinstance(payload, CachedPrompt)
+                depths.append(payload.depth)
             keys.append(record.key)
             assert (record.parent is None) == (number == 0)
         assert depths == [min(number, MAX_DEPTH) for number in range(len(depths))]
@@ -704,7 +723,7 @@ def test_any_prompts_in_any_order(data: st.DataObject) -> None:
 class TestOptions:
     def test_unknown_ones_are_named(self) -> None:
         with pytest.raises(
-            TypeError, match=r"unknown reuse option 'rato'; there are: first_tokens, after_new, last_tokens, ratio, .*min_gain"
+            TypeError, match=r"unknown reuse option 'rato'; there are: first_tokens, .*ratio, .*min_gain"
         ):
             make_reuse_options({"rato": 0.1})
         assert make_reuse_options({"ratio": 0.1, "fuzzy": False}) == ReuseOptions(ratio=0.1)

@@ -555,16 +555,24 @@ class TestScores:
 
 class TestError:
     def test_it_is_what_cached_rows_were_off_by(self, reader: Reader) -> None:
-        """Where tokens were computed anew, the mean over layers but the first."""
+        """Where tokens were computed anew, over the layers but the first, whatever chunk they are in."""
         spliced, _ = reader.edited(MOVED, first_tokens=0)
-        ours, rebuilt = reader.edited(MOVED, first_tokens=9)
-        again = [at for at in sorted(computed(rebuilt)[0]) if plan_source(at) >= 0]
-        errors = [
-            difference(spliced_kv[:, again], our_kv[:, again])
-            for spliced_kv, our_kv in zip(kv_of(spliced)[1:], kv_of(ours)[1:], strict=True)
-        ]
+        for chunk_tokens in (1000, 7):
+            ours, rebuilt = reader.edited(MOVED, first_tokens=9, chunk_tokens=chunk_tokens)
+            again = [at for at in sorted(computed(rebuilt)[0]) if plan_source(at) >= 0]
+            cached, anew = (torch.stack(kv_of(each)[1:])[:, :, again] for each in (spliced, ours))
+            assert rebuilt.error is not None
+            assert float(rebuilt.error) == pytest.approx(difference(cached, anew), rel=1e-3)
+
+    def test_layers_without_reused_tokens_say_nothing(self, reader: Reader) -> None:
+        """All were dropped after the layer that chose: what that layer measured stands."""
+        _, rebuilt = reader.edited(MOVED, first_tokens=0, target_error=100.0)
+        whole, _ = reader.edited(MOVED, first_tokens=1000)
+        spliced, _ = reader.edited(MOVED, first_tokens=0)
+        again = [at for at in range(40, len(MOVED)) if plan_source(at) >= 0]
+        want = difference(kv_of(spliced)[1][:, again], kv_of(whole)[1][:, again])
         assert rebuilt.error is not None
-        assert float(rebuilt.error) == pytest.approx(float(np.mean(errors)), rel=1e-3)
+        assert float(rebuilt.error) == pytest.approx(want, rel=1e-3)
 
     def test_nothing_to_measure(self, reader: Reader) -> None:
         """No token that the donor has is computed anew, though rows of others hold anything."""

@@ -153,7 +153,7 @@ class TestFamilies:
     def test_children_leave_before_their_parents(self, folder: Path | None) -> None:
         with open_catalog(folder, 400) as catalog:
             records = self.grow(catalog)
-            assert [catalog.depth(record) for record in records] == [0, 1, 2, 1]
+            assert [record.parent for record in records] == [None, *(records[at].key for at in (0, 1, 0))]
             catalog.payload(records[2])
             for seed in range(10, 14):
                 kept(catalog, seed)

@@ -174,6 +174,16 @@ class Catalog:
             space.donor_misses += 1
         return [space.entries[each.key].record for each in found]
 
+    def prefix_donor(self, namespace: str, token_ids: ArrayLike) -> Record | None:
+        """The exact entry that begins most as this prompt does; None if none begins so. Counts as `donors`."""
+        space = self._space(namespace)
+        key = space.index.longest_prefix(_token_ids(token_ids))
+        if key is None:
+            space.donor_misses += 1
+            return None
+        space.donor_hits += 1
+        return space.entries[key].record
+
     def payload(self, record: Record) -> Payload:
         """A record's payload, now the last used, and in host memory until room is needed for another.
 
@@ -188,11 +198,6 @@ class Catalog:
         space, entry = self._find(record)
         with holding(space.lineage(entry)):
             yield payload
-
-    def depth(self, record: Record) -> int:
-        """How many ancestors it has: what is loaded before it. Raises EntryGoneError."""
-        space, entry = self._find(record)
-        return len(space.lineage(entry)) - 1
 
     def remove(self, record: Record) -> None:
         """Forget an entry and all that need it, children first; nothing happens if it has left already.

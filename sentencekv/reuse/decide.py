@@ -25,8 +25,8 @@ class ReuseOptions(Recompute):
     answer may then be the cached prompt's."""
 
     monotone: bool = True
-    """Similar tokens are matched in order, each once, near the place where they stood. False: each with the most similar
-    one anywhere, as SemShareKV does."""
+    """Similar tokens are matched in order, each once, near the place where they stood. False: each with the most
+    similar one anywhere, as SemShareKV does."""
 
     min_gain: float = 0.2
     """Share of the tokens to compute that reuse has to save; else the prompt is read as if there were no cache."""
@@ -95,29 +95,24 @@ def decide(alignments: Sequence[Alignment], options: ReuseOptions, num_layers: i
         num_layers: of the model; they weigh tokens that are not computed at all of them.
         moves: whether more than the prefix may be taken.
     """
-    exact: Way | None = None
-    similar: Way | None = None
+    prefixes, others = [], []
     for at, alignment in enumerate(alignments):
-        prefix = dataclasses.replace(
-            alignment, matches=tuple(match for match in alignment.matches if match.kind == "prefix")
-        )
-        way = _way(at, prefix, options, num_layers)
-        if exact is None or way.cost < exact.cost:
-            exact = way
-        if moves and len(alignment.matches) > len(prefix.matches):
-            way = _way(at, alignment, options, num_layers)
-            if similar is None or way.cost < similar.cost:
-                similar = way
-    if exact is None:
+        prefix = tuple(match for match in alignment.matches if match.kind == "prefix")
+        prefixes.append(_way(at, dataclasses.replace(alignment, matches=prefix), options, num_layers))
+        if moves and len(alignment.matches) > len(prefix):
+            others.append(_way(at, alignment, options, num_layers))
+    if not prefixes:
         return Decision(None, "nothing like it is cached")
+    exact, similar = (min(ways, key=lambda way: way.cost, default=None) for ways in (prefixes, others))
+    assert exact is not None
     num_tokens = exact.alignment.num_tokens
     enough = 1 - options.min_gain
-    if similar is not None and similar.cost <= enough * min(exact.cost, num_tokens):
+    if similar is not None and similar.cost <= enough * exact.cost:
         return Decision(similar, "")
-    if exact.cost <= enough * num_tokens:
+    if exact.alignment.num_prefix >= LEAST_SHARED_TOKENS and exact.cost <= enough * num_tokens:
         reason = "" if similar is None else "moving runs would save too little beside the shared beginning"
         return Decision(exact, reason)
-    best = min(exact.cost, similar.cost if similar is not None else exact.cost)
+    best = exact.cost if similar is None else min(exact.cost, similar.cost)
     return Decision(
         None,
         f"{best:,} of {num_tokens:,} tokens would be computed anyway, and reuse has to save {options.min_gain:.0%} "

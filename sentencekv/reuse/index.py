@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 
 _SHINGLE_TOKENS = 8
 _WINDOW_SHINGLES = 64
-SURE_RUN_TOKENS = _WINDOW_SHINGLES + _SHINGLE_TOKENS - 1
-"""A run of so many tokens that two prompts share puts them into a common bucket."""
 _RANKED_TOKENS = 16
 """Shared tokens are compared in units of so many: fewer are no reason to prefer a prompt to a more similar one."""
 _MOST_POSTINGS = 1 << 14
@@ -56,6 +54,8 @@ class Found(NamedTuple):
     key: int
     shared_tokens: int
     """About so many of the other's tokens are in it."""
+    prefix_tokens: int
+    """So many of them at the start."""
     similarity: float
     """Cosine of the embeddings."""
 
@@ -108,8 +108,8 @@ class PromptIndex:
     ) -> list[Found]:
         """Up to `limit` prompts that share tokens with this one, or are at least so similar; the likeliest donor first.
 
-        They are ranked by shared tokens, in units of 16, then by similarity. Always among the candidates are those
-        with the longest common prefix, and those with the nearest embeddings.
+        They are ranked by shared tokens, in units of 16, then by similarity; the one with the longest common prefix is
+        always among them, since what it gives is exact.
         """
         if not self._ids or limit < 1:
             return []
@@ -121,7 +121,18 @@ class PromptIndex:
         found = [self._compare(key, token_ids, buckets, weights, embedding) for key in candidates]
         kept = [each for each in found if each.shared_tokens >= _RANKED_TOKENS or each.similarity >= min_similarity]
         kept.sort(key=lambda each: (each.shared_tokens // _RANKED_TOKENS, each.similarity, each.key), reverse=True)
+        longest = max(kept, key=lambda each: each.prefix_tokens, default=None)
+        if longest is not None and longest.prefix_tokens and longest not in kept[:limit]:
+            return [*kept[: limit - 1], longest]
         return kept[:limit]
+
+    def longest_prefix(self, token_ids: Ids) -> int | None:
+        """The key of the prompt that begins most as this one does; None if none begins so."""
+        longest = max(self._neighbours(token_ids, 1), key=lambda key: self._shared_prefix(key, token_ids), default=None)
+        return longest if longest is not None and self._shared_prefix(longest, token_ids) else None
+
+    def _shared_prefix(self, key: int, token_ids: Ids) -> int:
+        return shared_prefix(self._ids[key], token_ids)
 
     def _sort_key(self, key: int) -> bytes:
         return _big_endian(self._ids[key])
@@ -134,14 +145,14 @@ class PromptIndex:
     def _compare(
         self, key: int, token_ids: Ids, buckets: Hashes, weights: Counts, embedding: NDArray[np.float32]
     ) -> Found:
-        shared = shared_prefix(self._ids[key], token_ids)
+        shared = prefix = self._shared_prefix(key, token_ids)
         if len(buckets) and len(self._buckets_of[key]):
             theirs = self._buckets_of[key]
             # Without the last, which stands for all beyond it: every place is one that there is.
             common = theirs[np.searchsorted(theirs[:-1], buckets)] == buckets
             shared = max(shared, round(len(token_ids) * float(weights[common].sum() / weights.sum())))
         similarity = float(self._embeddings.reconstruct(key) @ embedding)
-        return Found(key, shared, similarity)
+        return Found(key, shared, prefix, similarity)
 
 
 class _Buckets:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sentencekv.reuse.fuzzy import FuzzyOptions, fuzzy_sources
 from sentencekv.reuse.runs import equal_runs
 
-__all__ = ["Alignment", "FuzzyOptions", "Kind", "Match", "align", "edit_cost"]
+__all__ = ["Alignment", "FuzzyOptions", "Kind", "Match", "align"]
 
 Kind = Literal["prefix", "exact", "fuzzy"]
 
@@ -81,34 +81,12 @@ class Alignment:
         """Tokens without a match."""
         return self.num_tokens - sum(match.length for match in self.matches)
 
-    def new_ranges(self) -> list[tuple[int, int]]:
-        """Runs of tokens without a match, as (start, stop), in order."""
-        starts = [match.start for match in self.matches]
-        stops = [match.stop for match in self.matches]
-        return [(a, b) for a, b in zip([0, *stops], [*starts, self.num_tokens], strict=True) if a < b]
-
     def source_T(self) -> np.ndarray:  # noqa: N802 it returns a tensor of shape T
         """The donor position of each token of the prompt, or -1; int64 `[num_tokens]`."""
         source_T = np.full(self.num_tokens, -1, np.int64)
         for match in self.matches:
             source_T[match.start : match.stop] = np.arange(match.donor_start, match.donor_stop)
         return source_T
-
-
-def edit_cost(alignment: Alignment, first_tokens: int = 0) -> int:
-    """Tokens that must be computed to turn the donor into the prompt.
-
-    They are those without a match, the first `first_tokens` of each run that moved, and the last token of the prompt in
-    any case. Fuzzy matches count as runs; a caller that computes their tokens where ids differ has to add those.
-    """
-    if first_tokens < 0:
-        raise ValueError(f"first_tokens must not be negative, got {first_tokens}; 0 computes no token of a moved run")
-    cost = alignment.num_new
-    for match in alignment.matches:
-        computed = min(first_tokens, match.length) if match.shift != 0 else 0
-        is_last = match.stop == alignment.num_tokens
-        cost += min(computed + 1, match.length) if is_last else computed
-    return cost
 
 
 def align(

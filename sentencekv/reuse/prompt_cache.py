@@ -293,7 +293,11 @@ class PromptCache:
     def _find(self, prompt: Prompt, namespace: str, embedding: np.ndarray) -> tuple[Record | None, Decision]:
         """The cached prompt that leaves least to compute, and what to do with it."""
         ids = np.asarray(prompt.token_ids)
-        records = list(self.catalog.donors(namespace, ids, embedding, _CANDIDATES))
+        if self._config.reuse == "exact":
+            first = self.catalog.prefix_donor(namespace, ids)
+            records = [] if first is None else [first]
+        else:
+            records = self.catalog.donors(namespace, ids, embedding, _CANDIDATES)
         decision = decide(
             [self._align(record, ids, prompt.ends) for record in records],
             self.options,

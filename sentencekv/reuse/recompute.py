@@ -39,7 +39,7 @@ SCORES: tuple[Score, ...] = (
     "random",
 )
 _ASKING_TOKENS = 32
-"""Last tokens of a prompt, whose attention says which tokens matter."""
+"""Last tokens of a prompt, or of a chunk of it, whose attention says which tokens matter."""
 _LOOKED_AT = 4
 """Layers at which the error of what is reused is estimated, about."""
 _CHUNK_TOKENS = 65536
@@ -77,7 +77,8 @@ class Recompute:
     score: Score = "value_deviation"
     """`value_deviation`, `key_deviation`: how far a token's value or key is from the cached one (CacheBlend's choice is
     the first); `attention_deviation`: that of values times the attention which the prompt's last tokens pay it;
-    `query_attention`: that attention alone; `random`: a control."""
+    `query_attention`: that attention alone; `random`: a control. Tokens are chosen within each chunk of
+    `Config.prefill_chunk_tokens` computed ones, whose last tokens are then the prompt's."""
 
     check_layer: int = 1
     """Where deviations are measured, from tokens that are all computed up to there. Those of layer 0 know nothing of
@@ -138,8 +139,8 @@ class Rebuilt(NamedTuple):
     computed_of_layer: dict[int, Tensor]
     """Positions of the tokens that were computed at each layer, int64 on the device, rising."""
     error: Tensor | None
-    """Float32 scalar on the device: mean over layers of the relative error that cached values had at tokens that were
-    computed anew; None if there was none of these."""
+    """Float32 scalar on the device: relative error of cached KV at tokens that were computed anew, over the layers
+    where it was looked at, the first left out; None if there was none of these."""
 
 
 class Plan(NamedTuple):
@@ -226,7 +227,7 @@ def rebuild(
     starts_T = planned.starts_T(options)
     drops = bool((starts_T & ~planned.computed_T).any())
     computed: dict[int, list[Tensor]] = {layer: [] for layer in rows.layers}
-    errors: list[Tensor] = []
+    compared: list[Tensor] = []
     logits_V: Tensor | None = None
     turning = rotations if options.rotate else None
     for start, stop in _chunks(starts_T, first, chunk_tokens):
@@ -245,13 +246,14 @@ def rebuild(
         session.end()
         for layer, position_L in part.computed_of_layer.items():
             computed[layer].append(position_L)
-        errors += part.errors
+        compared += part.compared
+        part.wait()
     session.end_reading()
-    return Rebuilt(
-        logits_V,
-        {layer: torch.cat(parts) for layer, parts in computed.items()},
-        torch.stack(errors).mean() if errors else None,
-    )
+    error = None
+    if compared:
+        square, norm = torch.stack(compared).sum(0).unbind()
+        error = (square / norm.clamp_min(1e-30)).sqrt()
+    return Rebuilt(logits_V, {layer: torch.cat(parts) for layer, parts in computed.items()}, error)
 
 
 def _chunks(starts_T: np.ndarray, first: int, chunk_tokens: int) -> list[tuple[int, int]]:
@@ -289,7 +291,8 @@ class _Part:
         self.started = torch.from_numpy(np.flatnonzero(starts_T[start:stop]) + start)
         """Positions of the tokens that are computed at the first layer, int64."""
         self.computed_of_layer: dict[int, Tensor] = {}
-        self.errors: list[Tensor] = []
+        self.compared: list[Tensor] = []
+        """Of each layer that was looked at: squares of what cached rows are off by, and of the computed ones; `[2]`."""
         self._session, self._mover, self._options = session, mover, options
         self._start, self._num_rows = start, stop - start
         self._layers = list(layers)
@@ -354,6 +357,11 @@ class _Part:
             if self._ahead is not None:
                 self._ahead.done(layer)
 
+    def wait(self) -> None:
+        """Until no more is read of the cached rows: whoever holds them may let go then."""
+        if self._ahead is not None:
+            self._ahead.wait()
+
     def _moved(self, layer: int) -> Tensor:
         """Rows of one layer, `[N, T, 2, H]`; those without a source are not written."""
         if self._ahead is not None:
@@ -377,8 +385,8 @@ class _Part:
         norms_L2 = new_NLH.float().square().sum((0, 3))
         # Rows that have no source hold anything.
         squares_L2, norms_L2 = (each.where(self._reused_L[:, None], 0.0) for each in (squares_L2, norms_L2))
-        if layer > 0:
-            self.errors.append((squares_L2.sum() / norms_L2.sum().clamp_min(1e-30)).sqrt())
+        if layer != self._layers[0]:
+            self.compared.append(torch.stack([squares_L2.sum(), norms_L2.sum()]))
         at = self._layers.index(layer)
         if layer != self._layers[-1] and at >= self._options.check_layer and len(self._must_L) > self._num_must:
             self._drop(at, q_ALH, squares_L2, norms_L2, kv_NTH, scale)
@@ -470,6 +478,10 @@ class _Ahead:
         at = self._layers.index(layer)
         self._used[at % len(self._buffers)].record(torch.cuda.current_stream(self._device))
         self._move_up_to(at + 1)
+
+    def wait(self) -> None:
+        """Until all that was taken has left host memory. Logits come later than that: nobody waits longer for it."""
+        self._stream.synchronize()
 
     def _move_up_to(self, last: int) -> None:
         while self._next <= min(last, len(self._layers) - 1):
