@@ -125,6 +125,8 @@ class Slab:
         self.num_uses = 0
         """Answers and appends under way that read it."""
         self._load = load
+        self._source: Slab | None = None
+        """Whose rows these are."""
         self._rows_of_layer: dict[int, Tensor] = {}
         self._layout_of_layer: dict[int, Layout] = dict(layout_of or {})
 
@@ -133,7 +135,7 @@ class Slab:
         if layer not in self._rows_of_layer and self._load is not None:
             self._rows_of_layer[layer] = self._load(layer)
             if len(self._rows_of_layer) == len(self._layout_of_layer):
-                self._load = None
+                self._load = self._source = None
         return self._rows_of_layer[layer]
 
     def parts(self, layer: int) -> tuple[Tensor, ...]:
@@ -147,11 +149,15 @@ class Slab:
     def upto(self, used_tokens: int) -> Slab:
         """Its first rows as a slab of their own, for others to go on from; they are shared, not copied."""
         assert used_tokens <= self.used_tokens
-        return Slab(self.capacity_tokens, used_tokens, self.rows, self._layout_of_layer)
+        first = Slab(self.capacity_tokens, used_tokens, None, self._layout_of_layer)
+        first._rows_of_layer = dict(self._rows_of_layer)
+        if first._missing_layers():
+            first._load, first._source = self.rows, self
+        return first
 
     def unload(self, load: Callable[[int], Tensor]) -> None:
         """Let go of all rows: `load` brings back what they are. Whoever reads them now keeps what it reads."""
-        self._load = load
+        self._load, self._source = load, None
         self._rows_of_layer.clear()
 
     @property
@@ -161,10 +167,15 @@ class Slab:
 
     def unloaded_bytes(self, memory: HostMemory) -> int:
         """Host memory that its rows will take when they are asked for."""
-        missing = self._layout_of_layer.keys() - self._rows_of_layer.keys()
         return sum(
-            memory.taken_bytes(self._layout_of_layer[layer].num_bytes(self.capacity_tokens)) for layer in missing
+            memory.taken_bytes(self._layout_of_layer[layer].num_bytes(self.capacity_tokens))
+            for layer in self._missing_layers()
         )
+
+    def _missing_layers(self) -> set[int]:
+        """Layers whose rows are not in host memory, nor in that of the slab whose rows they are."""
+        missing = self._layout_of_layer.keys() - self._rows_of_layer.keys()
+        return missing if self._source is None else missing & self._source._missing_layers()
 
     def allocate(self, layer: int, spares: Spares, layout: Layout) -> bool:
         """Host memory for one layer, if it has none yet; whether it had none."""

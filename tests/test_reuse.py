@@ -467,6 +467,24 @@ class TestMemory:
             assert document.ask("Who?", max_new_tokens=4).token_ids == want
 
 
+    @pytest.mark.parametrize("sizes", [2.3, 2.5, 2.8])
+    def test_a_reused_document_needs_no_more(
+        self, sizes: float, tokenizer: PreTrainedTokenizerFast, off: LongContextLM, parts: list[str], size: int
+    ) -> None:
+        """Its rows are in host memory already: they are not counted once more when something is asked."""
+        lm = make_lm(tokenizer, reuse="exact", reuse_bytes=9 * size, host_memory_bytes=int(sizes * size))
+        text, other = ("".join(parts[start : start + 5]) for start in (0, 5))
+        lm.read(text).close()
+        document = lm.read(text)
+        assert document.reuse.kind == "same"
+        assert document.can_move
+        assert document.kv_host_bytes == pytest.approx(size, rel=0.3)
+        lm.read(other)
+        want = off.read(text).ask("Who?", max_new_tokens=4).token_ids
+        assert document.ask("Who?", max_new_tokens=4).token_ids == want
+        assert statistics(lm).entries >= 1
+
+
 class TestSettings:
     @pytest.mark.parametrize("architecture", ["gemma3_text", "cohere2", "olmo3"])
     def test_sliding_windows(self, architecture: str, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
