@@ -313,15 +313,19 @@ def _compare_with_dense(model: PreTrainedModel, config: PretrainedConfig) -> Non
             )
 
 
-def _check_sliding_layers(model: PreTrainedModel, config: PretrainedConfig, sliding: set[int]) -> None:
-    """A window that a model keeps in its mask alone never reaches us, and short texts would not show it."""
+def sliding_layers(config: PretrainedConfig) -> set[int]:
+    """Layers that see a window of the last tokens only, by a text model's configuration."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        expected = {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        expected = set(range(config.num_hidden_layers))
-    else:
-        expected = set()
+        return {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return set(range(config.num_hidden_layers))
+    return set()
+
+
+def _check_sliding_layers(model: PreTrainedModel, config: PretrainedConfig, sliding: set[int]) -> None:
+    """A window that a model keeps in its mask alone never reaches us, and short texts would not show it."""
+    expected = sliding_layers(config)
     if sliding != expected:
         raise UnsupportedModelError(
             f"{type(model).__name__} ({config.model_type}) is not supported: its configuration has sliding-window "

@@ -72,7 +72,8 @@ class Config:
     (`Generation.reuse` says of what). Only within a namespace; needs `pip install "sentencekv[reuse]"`."""
 
     reuse_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Keyword options of `similar`, e.g. `{"ratio": 0.15}`: see `sentencekv.reuse.decide.ReuseOptions`."""
+    """Keyword options of `similar`, without effect on the other modes, e.g. `{"ratio": 0.15}`: see
+    `sentencekv.reuse.decide.ReuseOptions`."""
 
     reuse_folder: str | None = None
     """Where cached prompts go that have to leave host memory, and where they are when the process ends; the next one
@@ -80,6 +81,13 @@ class Config:
 
     reuse_bytes: int | None = None
     """Upper bound for cached prompts in host memory; None: half of what is free when the first is cached."""
+
+    reuse_disk_bytes: int | None = None
+    """Upper bound for the files in `reuse_folder`; None: what the disk has room for."""
+
+    reuse_namespace_bytes: int | None = None
+    """Upper bound for each namespace's cached prompts in host memory, and as much in files; None: only the bounds for
+    all together."""
 
     reuse_embedding: Callable[[str], Sequence[float]] | None = None
     """A text to the numbers by which similar prompts are found, e.g. a sentence-embedding model's; None: the mean of
@@ -138,8 +146,15 @@ class Config:
         if not isinstance(self.reuse_options, Mapping):
             raise TypeError(f"reuse_options must be a mapping, got {type(self.reuse_options).__name__}")
         object.__setattr__(self, "reuse_options", dict(self.reuse_options))
-        if self.reuse_bytes is not None:
-            _check_count("reuse_bytes", self.reuse_bytes, least=1)
+        for name in ("reuse_bytes", "reuse_disk_bytes", "reuse_namespace_bytes"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), least=1)
+        if self.reuse_folder is not None:
+            if not isinstance(self.reuse_folder, str | os.PathLike):
+                raise TypeError(f"reuse_folder must be a path or None, got {type(self.reuse_folder).__name__}")
+            object.__setattr__(self, "reuse_folder", os.fspath(self.reuse_folder))
+            if os.path.exists(self.reuse_folder) and not os.path.isdir(self.reuse_folder):
+                raise ValueError(f"reuse_folder must be a directory, and {self.reuse_folder!r} is not: name another")
         if self.reuse_embedding is not None and not callable(self.reuse_embedding):
             raise TypeError(f"reuse_embedding must be callable or None, got {type(self.reuse_embedding).__name__}")
         if self.reuse != "off" and self.kv_dtype != "auto":

@@ -109,7 +109,9 @@ class Document:
 
     @property
     def name(self) -> str:
-        """Its first words, for messages."""
+        """Its first words, for messages; not where prompts of others are cached, who may read the messages."""
+        if self._engine.config.reuse != "off":
+            return f"a document of {len(self._contents.prompt.token_ids):,} tokens"
         return repr(textwrap.shorten(self.text[:200], 40, placeholder="..."))
 
     @property

@@ -28,6 +28,7 @@ from sentencekv.memory import HostMemory
 from sentencekv.prompts import Prompt, section
 from sentencekv.reading import Progress, read
 from sentencekv.reuse.prompt_cache import DEFAULT_NAMESPACE, PromptCache, Reading
+from sentencekv.reuse.report import Reuse
 from sentencekv.sampling import SamplingOptions, refuse_nan
 from sentencekv.saved import Owner
 from sentencekv.session import Session
@@ -138,13 +139,22 @@ class Engine:
     def read_reusing(
         self, prompts: Sequence[Prompt], namespace: str, progress: Progress | None = None
     ) -> list[Reading] | None:
-        """Read prompts one after another with the help of what is cached; None if nothing is cached at all."""
+        """Read prompts one after another with the help of what is cached; None if nothing is cached at all.
+
+        Of several, each is cached at once, for those after it; one alone when its answer is there.
+        """
         if self.prompt_cache is None:
             return None
         total, done, readings = sum(len(prompt.token_ids) for prompt in prompts), 0, []
         for prompt in prompts:
+            started_at = time.perf_counter()
             one = None if progress is None else functools.partial(_of_all, progress, done, total)
-            readings.append(self.prompt_cache.read(prompt, namespace, one))
+            reading = self.prompt_cache.read(prompt, namespace, one)
+            if len(prompts) > 1:
+                int(reading.logits_V.argmax())  # waits for it
+                reuse = reading.finish(time.perf_counter() - started_at)
+                reading = reading._replace(finish=functools.partial(_told, reuse))
+            readings.append(reading)
             done += len(prompt.token_ids)
         return readings
 
@@ -262,6 +272,11 @@ class Engine:
 def _of_all(progress: Progress, before: int, total: int, done: int, _: int) -> None:
     """Progress of one prompt as that of several."""
     progress(before + done, total)
+
+
+def _told(reuse: Reuse, _: float) -> Reuse:
+    """What was reused, of a prompt that is cached already."""
+    return reuse
 
 
 def _shown(setting: object) -> str:

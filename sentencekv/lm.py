@@ -371,6 +371,11 @@ class LongContextLM:
         if cache is not None:
             cache.close()
 
+    def forget(self, namespace: str = DEFAULT_NAMESPACE) -> int:
+        """Let go of all prompts that are cached in a namespace, in `reuse_folder` as well; returns how many."""
+        cache = self._engine.prompt_cache
+        return 0 if cache is None else cache.forget(_checked_name(namespace))
+
     def _encode(self, prompt: object) -> Prompt:
         if is_chat(prompt):
             return encode_chat(self.tokenizer, prompt, self.config)  # type: ignore[arg-type]
@@ -402,9 +407,18 @@ def config_from(given: Mapping[str, Any], base: Mapping[str, Any] | None = None)
 
 
 def _checked_name(namespace: str) -> str:
-    if not isinstance(namespace, str) or not namespace:
-        raise ValueError(f"namespace must be a non-empty string, got {namespace!r:.80}")
+    if not isinstance(namespace, str) or not namespace or not _is_encodable(namespace):
+        raise ValueError(f"namespace must be a non-empty string of whole characters, got {namespace!r:.80}")
     return namespace
+
+
+def _is_encodable(text: str) -> bool:
+    """Not so with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _make_memory(config: Config, *, pinned: bool) -> HostMemory:

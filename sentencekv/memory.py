@@ -130,6 +130,7 @@ class HostMemory:
         """Call this with a number of bytes before anything else is done about a shortage; it returns how many it gave
         up, and is called again while there are any. A method, whose object is not kept alive; called by the thread that
         asks for memory, but by none in the background."""
+        self._caches = [cache for cache in self._caches if cache() is not None]
         self._caches.append(weakref.WeakMethod(release))
 
     @property
@@ -198,7 +199,7 @@ class HostMemory:
 
     def _held(self) -> str:
         held = sorted(((h.kv_host_bytes, h) for h in self._holders if h.kv_host_bytes), key=lambda each: -each[0])
-        text = f"KV of open documents holds {format_bytes(self.in_use_bytes)}"
+        text = f"KV of open documents and cached prompts holds {format_bytes(self.in_use_bytes)}"
         if held:
             text += f" ({', '.join(f'{holder.name} {format_bytes(count)}' for count, holder in held[:_NAMED])}"
             text += f" and {len(held) - _NAMED} more)" if len(held) > _NAMED else ")"
@@ -206,18 +207,21 @@ class HostMemory:
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised host memory; counted until the returned tensor is gone. Caches give up theirs for it, but
-        nobody
-        moves to disk: that takes a `check` beforehand."""
+        nobody moves to disk: that takes a `check` beforehand."""
         return self._allocate(shape, dtype, from_caches=True)
+
+    def allocate_checked(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """As `allocate`, by any thread, of what a `check` made room for: nobody gives up anything."""
+        return self._allocate(shape, dtype, from_caches=False)
 
     def _allocate(self, shape: Sequence[int], dtype: torch.dtype, *, from_caches: bool) -> Tensor:
         num_bytes = dtype.itemsize
         for extent in shape:
             num_bytes *= extent
         num_bytes = self.taken_bytes(num_bytes)
+        if from_caches:
+            self._empty_caches(num_bytes)  # without the lock: what they give up may be read by other threads first
         with self._lock:
-            if from_caches:
-                self._empty_caches(num_bytes)
             self._require(num_bytes)
             self.in_use_bytes += num_bytes
             self._available_bytes -= num_bytes

@@ -338,7 +338,7 @@ class _Loading:
 
 
 def _load(saved: SavedFile, memory: HostMemory, name: str, layout: Layout, capacity: int, used: int) -> Tensor:
-    rows = memory.allocate(*layout.slab_shape(capacity))
+    rows = memory.allocate_checked(*layout.slab_shape(capacity))
     for suffix, part in zip(_SUFFIXES, layout.parts(rows, capacity), strict=False):
         saved.read_into(name + suffix, [head[:used] for head in part])
     return rows

@@ -43,7 +43,7 @@ def work(folder: Path, tick: Callable[[], None]) -> None:
         for seed in (10, 11):
             kept(catalog, seed)  # the ones before go to their files
         for seed in UNTOUCHED:
-            record = catalog.same("a", tokens(seed))
+            record = catalog.same("a", tokens(seed), "")
             assert record is not None
             catalog.payload(record)
         catalog.persist()
@@ -69,7 +69,7 @@ def check_entries(catalog: Catalog, folder: Path) -> None:
     found = 0
     for namespace in "ab":
         for seed in ALL:
-            record = catalog.same(namespace, tokens(seed))
+            record = catalog.same(namespace, tokens(seed), "")
             assert record is not None or namespace == "b" or seed not in UNTOUCHED, f"lost {seed}"
             if record is not None:
                 payload = catalog.payload(record)

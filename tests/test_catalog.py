@@ -29,13 +29,15 @@ class TestFinding:
     def test_exact_entries_come_before_approximate_ones(self) -> None:
         with open_catalog() as catalog:
             approximate = kept(catalog, 0, approximate=True)
-            assert catalog.same("a", tokens(0)) is approximate
-            assert [catalog.has("a", tokens(0), approximate=kind) for kind in (False, True)] == [False, True]
+            assert catalog.same("a", tokens(0), "") is approximate
+            assert catalog.same("a", tokens(0), "another recipe") is None
+            assert catalog.same("a", tokens(0)) is None
+            assert [catalog.entry("a", tokens(0), approximate=kind) for kind in (False, True)] == [None, approximate]
             exact = kept(catalog, 0)
             assert catalog.same("a", tokens(0)) is exact
-            assert [catalog.has("a", tokens(0), approximate=kind) for kind in (False, True)] == [True, True]
+            assert [catalog.entry("a", tokens(0), approximate=kind) for kind in (False, True)] == [exact, approximate]
             catalog.remove(exact)
-            assert catalog.same("a", tokens(0)) is approximate
+            assert catalog.same("a", tokens(0), "") is approximate
 
     def test_donors_are_ranked_by_what_they_share(self) -> None:
         """A whole prompt, its first half, a run in its middle, a paraphrase; then one that shares nothing."""
@@ -90,7 +92,7 @@ class TestApproximate:
         with open_catalog(tmp_path, 250) as catalog:
             for seed in range(3):
                 assert [record.key for record in found(catalog, seed)] == [root.key]
-            again = catalog.same("a", tokens(1))
+            again = catalog.same("a", tokens(1), "")
             assert again is not None
             assert again.approximate
             with pytest.raises(CatalogError, match="is approximate"):
@@ -129,7 +131,7 @@ class TestNamespaces:
             kept(catalog, 1, 70, approximate=True)
             catalog.persist()
             for seed in (0, 1, 2):
-                catalog.same("a", tokens(seed))
+                catalog.same("a", tokens(seed), "")
             found(catalog, 0)
             expected = Statistics(
                 entries=2,
@@ -237,7 +239,7 @@ class TestNamespaces:
 
     def test_nothing_but_bounds_is_shared(self) -> None:
         """No method that answers for a namespace looks through all of them."""
-        for method in (Catalog.same, Catalog.has, Catalog.donors, Catalog.statistics, Catalog.prefix_donor):
+        for method in (Catalog.same, Catalog.entry, Catalog.donors, Catalog.statistics, Catalog.prefix_donor):
             source = inspect.getsource(method)
             assert "_space(namespace)" in source or "_find(record)" in source
             assert "_tiers" not in source

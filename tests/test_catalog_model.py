@@ -268,7 +268,7 @@ class Machine(RuleBasedStateMachine):
             for seed in (0, 5):
                 donors = self.catalog.donors(space, tokens(seed), embedding(seed), 99)
                 assert {record.key for record in donors} == exact
-                same = self.catalog.same(space, tokens(seed))
+                same = self.catalog.same(space, tokens(seed), "")
                 kinds = [each.name[2] for each in theirs if each.name[1] == seed]
                 assert (None if same is None else same.approximate) == (min(kinds) if kinds else None)
                 assert same is None or same.approximate or donors[0] is same

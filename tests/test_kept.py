@@ -148,6 +148,28 @@ def test_rows_are_those_of_the_prompt(device: torch.device) -> None:
         assert into[:, 5].isnan().all()
 
 
+def test_what_came_after_the_prompt_is_not_kept(device: torch.device) -> None:
+    """However long the answer was: no bytes for it, but for the sentence that goes on from the prompt."""
+    tokens = Tokens.random(ALL, device)
+    donor = read(new_session(device), tokens, [50, PROMPT], sentence_ends(PROMPT))
+    alone = Kept(donor.state(), PROMPT, donor.memory)
+    donor.expect(sentence_ends(ALL, PROMPT))
+    run(donor, tokens, ALL, exact=True)
+    kept = Kept(donor.state(), PROMPT, donor.memory)
+    sentences = [sum(len(extent.place_of) for extent in each.extents) for each in (alone, kept)]
+    recent = alone.state.recent[0].shape[1]
+    assert sentences[0] < sentences[1] <= sentences[0] + -(-recent // 2)
+    assert kept.state.recent[0].shape[1] == 0
+    last = max(int(extent.place_of[:, :2].sum(1).max()) for extent in kept.extents)
+    assert PROMPT <= last < PROMPT + CONFIG.max_sentence_tokens
+    assert kept.copied_bytes < 1.3 * alone.copied_bytes
+    for layer in (0, 1):
+        for extent in kept.extents:
+            start, stop = int(extent.place_of[0, 0]), int(extent.place_of[-1, :2].sum())
+            want = tokens.kv(layer, start, stop)[:, :, 1].float().sum(1).cpu()
+            torch.testing.assert_close(extent.value_sum_of_layer[layer].float(), want, rtol=1e-4, atol=1e-3)
+
+
 def test_rows_of_a_live_session(device: torch.device) -> None:
     """As an edit is packed from them: what is on the device is there still."""
     tokens = Tokens.random(ALL, device)

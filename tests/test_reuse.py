@@ -160,6 +160,18 @@ class TestWays:
         assert [each.reuse.kind for each in again] == ["same"] * 5
         assert [each.token_ids for each in again] == [each.token_ids for each in want]
 
+    def test_prompts_of_a_batch_serve_one_another(
+        self, lm: LongContextLM, off: LongContextLM, text: str, parts: list[str]
+    ) -> None:
+        """As a question each about one text is asked; and each says how long it took by itself."""
+        prompts = [text + part for part in parts[8:11]]
+        ours, want = (each.generate(prompts, max_new_tokens=NEW_TOKENS) for each in (lm, off))
+        assert [each.reuse.kind for each in ours] == ["none", "prefix", "prefix"]
+        assert [each.token_ids for each in ours] == [each.token_ids for each in want]
+        seconds = [each.reuse.seconds_to_read for each in ours]
+        assert sum(seconds) < ours[0].stats.seconds_to_first_token
+        assert len({*seconds}) == 3
+
     def test_one_prompt_twice_in_a_batch(self, lm: LongContextLM, off: LongContextLM, text: str) -> None:
         ours, want = (each.generate([text, text], max_new_tokens=NEW_TOKENS) for each in (lm, off))
         assert [each.token_ids for each in ours] == [each.token_ids for each in want]
@@ -325,11 +337,39 @@ class TestNamespaces:
         assert lm.generate([text], namespace="a", max_new_tokens=1)[0].reuse.kind == "same"
         assert lm.read([text], namespace="b")[0].reuse.kind == "same"
 
-    @pytest.mark.parametrize("bad", ["", None, 7])
+    def test_forgetting(self, tokenizer: PreTrainedTokenizerFast, text: str, parts: list[str], tmp_path: Path) -> None:
+        """One namespace, in memory and in files; another's stay."""
+        lm = make_lm(tokenizer, reuse="exact", reuse_folder=str(tmp_path))
+        for namespace in ("a", "b"):
+            lm.generate(text, max_new_tokens=1, namespace=namespace)
+        lm.generate(parts[9], max_new_tokens=1, namespace="a")
+        lm.close()
+        assert lm.forget("a") == 2
+        assert lm.forget("a") == 0
+        assert len([*tmp_path.glob("namespaces/*/*")]) == 1
+        kinds = [lm.generate(text, max_new_tokens=1, namespace=namespace).reuse.kind for namespace in ("a", "b")]
+        assert kinds == ["none", "same"]
+        lm.close()
+        assert make_lm(tokenizer).forget() == 0
+
+    def test_errors_do_not_say_what_others_read(
+        self, tokenizer: PreTrainedTokenizerFast, text: str, parts: list[str], off: LongContextLM
+    ) -> None:
+        with off.read(text) as document:
+            size = document.kv_host_bytes
+            assert text[:8] in document.name
+        lm = make_lm(tokenizer, reuse="exact", host_memory_bytes=int(1.2 * size))
+        document = lm.read(text, namespace="a")
+        with pytest.raises(MemoryError, match=r"cached prompts holds .* \(a document of [\d,]+ tokens ") as error:
+            lm.read("".join(parts[5:10]), namespace="b")
+        assert text[:8] not in str(error.value)
+        document.close()
+
+    @pytest.mark.parametrize("bad", ["", None, 7, "half of a pair \ud800"], ids=ascii)
     def test_bad_names(self, bad: Any, lm: LongContextLM, off: LongContextLM, text: str) -> None:
         for each in (lm, off):
             for call in (each.generate, each.read, each.stream):
-                with pytest.raises(ValueError, match="namespace must be a non-empty string, got"):
+                with pytest.raises(ValueError, match="namespace must be a non-empty string of whole characters, got"):
                     call(text, namespace=bad)
 
 
@@ -466,6 +506,15 @@ class TestMemory:
             want = off.read(text).ask("Who?", max_new_tokens=4).token_ids
             assert document.ask("Who?", max_new_tokens=4).token_ids == want
 
+    def test_answers_are_not_kept(self, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+        """However long: a cached prompt is its own KV, and the next one begins with that."""
+        held = []
+        for new_tokens in (1, 400):
+            lm = make_lm(tokenizer, reuse="exact")
+            assert len(lm.generate(text[:500], max_new_tokens=new_tokens).token_ids) == new_tokens
+            held.append(statistics(lm).host_bytes)
+            assert lm.generate(text[:500], max_new_tokens=2).reuse.kind == "same"
+        assert held[1] < 1.3 * held[0]
 
     @pytest.mark.parametrize("sizes", [2.3, 2.5, 2.8])
     def test_a_reused_document_needs_no_more(
@@ -503,6 +552,10 @@ class TestSettings:
             ({"reuse_options": {"score": "best"}}, ValueError, "score must be one of value_deviation"),
             ({"reuse_options": [1]}, TypeError, "reuse_options must be a mapping, got list"),
             ({"reuse_bytes": 0}, ValueError, "reuse_bytes must be at least 1, got 0"),
+            ({"reuse_disk_bytes": 0.5}, TypeError, "reuse_disk_bytes must be a whole number, got 0.5"),
+            ({"reuse_namespace_bytes": -1}, ValueError, "reuse_namespace_bytes must be at least 1, got -1"),
+            ({"reuse_folder": 5}, TypeError, "reuse_folder must be a path or None, got int"),
+            ({"reuse_folder": __file__}, ValueError, "reuse_folder must be a directory, and .* is not"),
             ({"reuse_embedding": "mean"}, TypeError, "reuse_embedding must be callable or None, got str"),
             ({"reuze": "exact"}, TypeError, "unknown setting 'reuze'"),
         ],
@@ -512,6 +565,48 @@ class TestSettings:
     ) -> None:
         with pytest.raises(error, match=message):
             LongContextLM.from_pretrained("./no/model/is/here", **given)
+
+    def test_quotas(self, tokenizer: PreTrainedTokenizerFast, text: str, parts: list[str], tmp_path: Path) -> None:
+        """Of each namespace, in memory and in files, and of all files."""
+        one = make_lm(tokenizer, reuse="exact")
+        one.generate(text, max_new_tokens=1)
+        size = statistics(one).host_bytes
+        others = ["".join(parts[start : start + 5]) for start in (5, 10)]
+        lm = make_lm(tokenizer, reuse="exact", reuse_folder=str(tmp_path), reuse_namespace_bytes=int(1.5 * size))
+        lm.generate(others[0], max_new_tokens=1, namespace="b")
+        for prompt in (text, *others):
+            lm.generate(prompt, max_new_tokens=1)
+            assert statistics(lm).host_bytes <= 1.5 * size
+            assert statistics(lm).disk_bytes <= 1.5 * size
+        assert statistics(lm, "b").entries == 1
+        lm.close()
+        lm = make_lm(tokenizer, reuse="exact", reuse_folder=str(tmp_path), reuse_disk_bytes=int(1.2 * size))
+        lm.generate("He came.", max_new_tokens=1)
+        held = [statistics(lm, namespace).disk_bytes for namespace in ("default", "b")]
+        assert 0 < sum(held) <= 1.2 * size
+
+    def test_an_embedding_that_knows_no_word(self, tokenizer: PreTrainedTokenizerFast, text: str, moved: str) -> None:
+        """Prompts are found by their tokens all the same."""
+        lm = make_lm(tokenizer, reuse="similar", reuse_embedding=lambda text: [0.0] * 8)
+        for prompt, kind in ((text, "none"), (moved, "similar"), (text, "same")):
+            assert lm.generate(prompt, max_new_tokens=1).reuse.kind == kind
+
+    def test_other_options_make_other_approximations(
+        self, tokenizer: PreTrainedTokenizerFast, text: str, moved: str, tmp_path: Path
+    ) -> None:
+        """What was made with worse ones is not given out as what these would give."""
+        settings = {"reuse": "similar", "reuse_folder": str(tmp_path)}
+        worse = make_lm(tokenizer, **settings, reuse_options={"first_tokens": 0, "rotate": False})
+        worse.generate(text, max_new_tokens=1)
+        bad = worse.generate(moved, max_new_tokens=1, logprobs=True)
+        worse.close()
+        lm = make_lm(tokenizer, **settings)
+        out = lm.generate(moved, max_new_tokens=1, logprobs=True)
+        assert (out.reuse.kind, bad.reuse.kind) == ("similar", "similar")
+        assert abs(out.logprobs[0] - bad.logprobs[0]) > 1e-3
+        assert lm.generate(moved, max_new_tokens=1).reuse.kind == "same"
+        assert statistics(lm).approximate_entries == 1
+        lm.close()
 
     def test_options_are_used(self, tokenizer: PreTrainedTokenizerFast, text: str, moved: str) -> None:
         computed = {}

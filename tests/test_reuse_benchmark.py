@@ -1,6 +1,7 @@
 """The benchmark of reuse runs on a CPU, checks before it times, and reports what it should."""
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 import typer
 
 from benchmarks import reuse, workload
+from sentencekv.config import Config
+from sentencekv.memory import HostMemory
 from sentencekv.reuse.decide import make_reuse_options
 from sentencekv.reuse.match import align
 
@@ -69,11 +72,44 @@ def test_it_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str],
         if row["kind"] == "similar":
             # A fifth of the tokens is new; of each run, of which there are at most twelve, the first are computed.
             made = make_reuse_options(options)
-            most = 150 + 12 * made.first_tokens + max(made.last_tokens, 1)
+            most = 150 + 12 * max(made.first_tokens, made.after_new) + max(made.last_tokens, 1)
             assert all(150 <= count <= most for count in row["computed_by_layer"])
+    assert rows[first]["kind"] == "similar"
     table = [line for line in lines if line.startswith("|")]
+    header, _, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    kinds = {line[0]: line[header.index("kind")] for line in cells}
+    assert kinds == {name: row.get("kind", "-") for name, row in rows.items()}
+    caching = {line[0]: line[header.index("ms to cache")] for line in cells}
+    assert caching[first] == f"{1e3 * rows[first]['caching_seconds']:.1f}"
+    assert caching["in full"] == "-"
     assert len(table) == 2 + len(rows)
     assert len({len(line) for line in table}) == 1, "the table is not aligned"
+
+
+def test_an_even_number_of_repeats_has_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the slower of two."""
+    times = itertools.cycle([(1.0, 3.0, torch.zeros(1)), (2.0, 5.0, torch.zeros(1))])
+    monkeypatch.setattr(reuse, "timed", lambda run, device: next(times))
+    monkeypatch.setattr(reuse, "VARIANTS", {})
+    model = workload.make_model("tiny", CPU, torch.float32, 100, 0)
+    reader = reuse.Reader(model, Config(), HostMemory(None, pinned=False))
+    for row in reuse.rows_of(reader, 96, 0.5, 16, repeats=2, seed=0):
+        assert (row["least_seconds"], row["seconds"], row["most_seconds"], row["settled_seconds"]) == (
+            1.0,
+            1.5,
+            2.0,
+            4.0,
+        )
+
+
+def test_what_is_not_worth_it_is_not_called_moved(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing is shared, nothing is reused, and the table says so."""
+    reuse.main(**{**SMALL, "tokens": "512", "share": 0.0})
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    (line,) = (line for line in table if line.startswith("| similar, by default"))
+    assert line.split("|")[2].strip() == "none"
+    assert not any("moved" in line for line in table)
+    assert any("(neighbours made for it)" in line for line in table)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])

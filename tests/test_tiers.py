@@ -28,7 +28,7 @@ def in_memory(catalog: Catalog, namespace: str = "a") -> int:
 
 def here(catalog: Catalog, seeds: range, namespace: str = "a") -> list[int]:
     """Which of these prompts the catalog has, in memory or on disk."""
-    return [seed for seed in seeds if catalog.same(namespace, tokens(seed)) is not None]
+    return [seed for seed in seeds if catalog.same(namespace, tokens(seed), "") is not None]
 
 
 class TestHostMemory:
@@ -164,7 +164,7 @@ class TestFamilies:
             self.grow(catalog)
         with open_catalog(tmp_path, 400) as catalog:
             assert in_memory(catalog) == 0
-            record = catalog.same("a", tokens(2))
+            record = catalog.same("a", tokens(2), "")
             assert record is not None
             payload = catalog.payload(record)
             assert isinstance(payload, Parcel)
@@ -324,12 +324,41 @@ class TestDisk:
         path = next(path for path in files(tmp_path) if path.name.startswith(f"{root.key}."))
         path.write_bytes(b"x" * path.stat().st_size)
         with open_catalog(tmp_path) as catalog:
-            record = catalog.same("a", tokens(1))
+            record = catalog.same("a", tokens(1), "")
             assert record is not None
             with pytest.raises(EntryGoneError, match=r"so its entry is removed: .* is not what was written"):
                 catalog.payload(record)
             assert here(catalog, range(4)) == [3]
             assert len(files(tmp_path)) == 1
+
+
+class TestFailures:
+    """A disk that cannot be written to loses what it loses, and nobody's answer."""
+
+    def test_uses_that_cannot_be_noted(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with open_catalog(tmp_path) as catalog:
+            record = kept(catalog, 0)
+            catalog._records._database.execute("PRAGMA query_only = ON")
+            assert catalog.payload(record) is not None
+            assert "is not noted" in caplog.text
+            catalog.remove(record)
+            assert catalog.same("a", tokens(0)) is None
+            assert "are forgotten" in caplog.text
+            catalog._records._database.execute("PRAGMA query_only = OFF")
+        with open_catalog(tmp_path) as catalog:
+            assert catalog.same("a", tokens(0)) is None, "a record without a file"
+
+    def test_files_are_for_their_owner_alone(self, tmp_path: Path) -> None:
+        """In a folder that others can read, too."""
+        folder = tmp_path / "open"
+        folder.mkdir(mode=0o755)
+        with open_catalog(folder) as catalog:
+            kept(catalog, 0)
+            catalog.persist()
+            paths = list(folder.rglob("*"))
+            assert len(paths) >= 5
+            for path in paths:
+                assert path.stat().st_mode & 0o077 == 0, path
 
 
 class TestReopening:
@@ -342,7 +371,7 @@ class TestReopening:
         assert all(isinstance(parcel, Parcel) and parcel.dropped for parcel in parcels)
         with open_catalog(tmp_path) as catalog:
             for record, seed in zip(made, (0, 1, 2, 0), strict=True):
-                again = catalog.same(record.namespace, tokens(seed))
+                again = catalog.same(record.namespace, tokens(seed), "")
                 assert again is not None
                 assert (again.key, again.parent, again.approximate) == (record.key, record.parent, record.approximate)
                 assert again.token_ids.tolist() == record.token_ids.tolist()
@@ -433,7 +462,7 @@ def test_a_loader_that_runs_out_of_memory_costs_nothing(tmp_path: Path) -> None:
     with open_catalog(tmp_path) as catalog:
         kept(catalog, 0)
     with open_catalog(tmp_path, load=sometimes) as catalog:
-        record = catalog.same("a", tokens(0))
+        record = catalog.same("a", tokens(0), "")
         assert record is not None
         with pytest.raises(MemoryError):
             catalog.payload(record)

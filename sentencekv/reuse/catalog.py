@@ -118,19 +118,22 @@ class Catalog:
         embedding: ArrayLike,
         *,
         approximate: bool = False,
+        recipe: str = "",
         parent: int | None = None,
     ) -> Record | None:
         """Keep a payload for a prompt; the catalog drops it when its time has come.
 
-        `ends`: sentence ends, ascending. `embedding`: numbers of which the angle matters. `parent`: the key of an exact
-        entry of the same namespace, in host memory (see `held`), without whose rows this payload means nothing.
+        `ends`: sentence ends, ascending. `embedding`: numbers of which the angle matters. `recipe`: what an
+        approximation was made with. `parent`: the key of an exact entry of the same namespace, in host memory (see
+        `held`), without whose rows this payload means nothing.
 
         None, and the payload stays the caller's, if there cannot be room for it: with its ancestors and what is held
         it exceeds a bound. Raises ValueError for a prompt that is there already, CatalogError for such a parent.
         """
         space = self._space(namespace)
         ids, vector = _token_ids(token_ids), self._unit(embedding)
-        record = Record(secrets.randbits(62), namespace, ids, _sentence_ends(ends, len(ids)), approximate, parent)
+        key, checked_ends = secrets.randbits(62), _sentence_ends(ends, len(ids))
+        record = Record(key, namespace, ids, checked_ends, approximate, parent, recipe)
         entry = Entry(record, digest(ids), 0, payload.host_bytes, payload)
         if (entry.digest, approximate) in space.by_prompt:
             kind = "approximate" if approximate else "exact"
@@ -140,20 +143,25 @@ class Catalog:
             return None
         return record
 
-    def same(self, namespace: str, token_ids: ArrayLike) -> Record | None:
-        """The entry of just this prompt; an exact one rather than an approximate one."""
+    def same(self, namespace: str, token_ids: ArrayLike, recipe: str | None = None) -> Record | None:
+        """The entry of just this prompt: an exact one, or else an approximate one that was made with that recipe.
+
+        `recipe`: None takes none that is approximate.
+        """
         space = self._space(namespace)
-        prompt = digest(_token_ids(token_ids))
-        entry = space.by_prompt.get((prompt, False)) or space.by_prompt.get((prompt, True))
-        if entry is None:
+        found = self.entry(namespace, token_ids, approximate=False)
+        if found is None and recipe is not None:
+            found = self.entry(namespace, token_ids, approximate=True)
+        if found is None or (found.approximate and found.recipe != recipe):
             space.misses += 1
             return None
         space.hits += 1
-        return entry.record
+        return found
 
-    def has(self, namespace: str, token_ids: ArrayLike, *, approximate: bool) -> bool:
-        """Whether just this prompt has an entry of that kind; in statistics it is neither a hit nor a miss."""
-        return (digest(_token_ids(token_ids)), approximate) in self._space(namespace).by_prompt
+    def entry(self, namespace: str, token_ids: ArrayLike, *, approximate: bool) -> Record | None:
+        """The entry of just this prompt that is of that kind; in statistics it is neither a hit nor a miss."""
+        entry = self._space(namespace).by_prompt.get((digest(_token_ids(token_ids)), approximate))
+        return None if entry is None else entry.record
 
     def donors(
         self,

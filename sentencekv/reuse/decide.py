@@ -6,6 +6,7 @@ The least to compute wins, if that saves enough; else the prompt is read as if n
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,13 @@ def make_reuse_options(given: Mapping[str, Any]) -> ReuseOptions:
         if name not in known:
             raise TypeError(f"unknown reuse option {name!r}; there are: {', '.join(known)}")
     return ReuseOptions(**given)
+
+
+def recipe_of(options: ReuseOptions) -> str:
+    """What tells approximations apart: those made with other options may be worse ones."""
+    what = dataclasses.asdict(options)
+    del what["min_gain"]  # says whether, not how
+    return json.dumps(what, sort_keys=True)
 
 
 class Way(NamedTuple):

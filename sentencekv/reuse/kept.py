@@ -25,7 +25,7 @@ _ALIGNED_BYTES = 64
 
 @dataclasses.dataclass(frozen=True)
 class KeptExtent:
-    """As an `Extent`, but its summaries and sums of values are in host memory."""
+    """As an `Extent`, of a prompt's sentences alone; in the end its summaries and sums of values are in host memory."""
 
     slabs: Sequence[Slab]
     place_of: Tensor
@@ -76,26 +76,36 @@ class Kept:
     """The first tokens of what a session has read; nothing of it is on the device."""
 
     def __init__(self, state: State, num_tokens: int, memory: HostMemory) -> None:
-        """Copies what is on the device, and waits for it. The state may have gone on since it had `num_tokens`."""
+        """Copies what is on the device, and waits for it. The state may have gone on since it had `num_tokens`: of what
+        came then nothing is kept but the end of a sentence that began before."""
         assert not state.local, "rows of sliding-window layers are not kept"
         for extent in state.extents:
             extent.flush()
-        filled = [extent for extent in state.extents if extent.num_sentences]
         layers = sorted(state.recent)
-        on_device = [
-            *(kv for tier in (state.sink, state.recent) for kv in tier.values()),
-            *(table for extent in filled for layer in layers for table in extent.summaries(layer)),
-            *(extent.value_sum(layer) for extent in filled for layer in layers),
-        ]
+        num_recent = max(num_tokens - state.closed_end, 0)
+        state = dataclasses.replace(
+            state, recent={layer: kv[:, :num_recent].contiguous() for layer, kv in state.recent.items()}
+        )
+        on_device = [_first_sentences(state, extent, num_tokens, layers) for extent in state.extents]
+        on_device = [extent for extent in on_device if len(extent.place_of)]
         self.memory = memory
         self.num_tokens = num_tokens
-        self._copies, copies = _copied(on_device, memory)
+        self._copies, copies = _copied(
+            [
+                *(kv for tier in (state.sink, state.recent) for kv in tier.values()),
+                *(table for extent in on_device for layer in layers for table in extent.tables_of_layer[layer]),
+                *(extent.value_sum_of_layer[layer] for extent in on_device for layer in layers),
+            ],
+            memory,
+        )
         sink, recent = ({layer: next(copies) for layer in layer_of} for layer_of in (state.sink, state.recent))
-        tables = [{layer: [next(copies) for _ in extent.summaries(layer)] for layer in layers} for extent in filled]
-        sums = [{layer: next(copies) for layer in layers} for _ in filled]
+        tables = [
+            {layer: [next(copies) for _ in extent.tables_of_layer[layer]] for layer in layers} for extent in on_device
+        ]
+        sums = [{layer: next(copies) for layer in layers} for _ in on_device]
         self.extents = [
-            KeptExtent(extent.slabs, extent.place_of, tables_of_layer, sum_of_layer, extent.row_bytes)
-            for extent, tables_of_layer, sum_of_layer in zip(filled, tables, sums, strict=True)
+            dataclasses.replace(extent, tables_of_layer=tables_of_layer, value_sum_of_layer=sum_of_layer)
+            for extent, tables_of_layer, sum_of_layer in zip(on_device, tables, sums, strict=True)
         ]
         self.state = dataclasses.replace(state, extents=[], sink=sink, recent=recent)
         self.rows = StateRows(self.state, self.extents, num_tokens)
@@ -137,12 +147,9 @@ class Kept:
         used = torch.zeros(len(kept.slabs), dtype=torch.int64)
         used.scatter_reduce_(0, slab[:num_sentences], (row + length)[:num_sentences], "amax")
         slabs = [each.upto(count) for each, count in zip(kept.slabs, used.tolist(), strict=True) if count]
-        num_rows = int(length[:num_sentences].sum())
         tables_of_layer = {}
         for layer, tables in kept.tables_of_layer.items():
-            # Rows of a table are sentences or tokens.
-            counts = (num_sentences if len(table) == len(length) else num_rows for table in tables)
-            shortened = (table[:count] for table, count in zip(tables, counts, strict=True))
+            shortened = _first_rows(tables, length, num_sentences)
             tables_of_layer[layer] = [table.to(device, non_blocking=True) for table in shortened]
         extent = Extent(self.memory, device, slabs, kept.place_of[:num_sentences], tables_of_layer, kept.row_bytes)
         if num_sentences == len(length):
@@ -175,6 +182,34 @@ class Kept:
             places.read(layer, kv_NTH)
             sums[layer] = kv_NTH[:, :, 1].sum(1, dtype=torch.float32)
         return sums
+
+
+def _first_sentences(state: State, extent: Extent, num_tokens: int, layers: Sequence[int]) -> KeptExtent:
+    """Those of an extent that begin among a prompt's tokens."""
+    start, length, slab, _ = extent.place_of.unbind(1)
+    count = int((start < num_tokens).sum())
+    summaries = {layer: extent.summaries(layer) for layer in layers} if count else {}
+    sums = {layer: extent.value_sum(layer) for layer in layers} if count else {}
+    if count in (0, len(start)):
+        return KeptExtent(extent.slabs, extent.place_of[:count], summaries, sums, extent.row_bytes)
+    stop = int(start[-1] + length[-1])
+    rows, others = StateRows(state, state.extents, stop), np.arange(int(start[count]), stop)
+    return KeptExtent(
+        extent.slabs[: int(slab[:count].max()) + 1],
+        extent.place_of[:count],
+        {layer: _first_rows(tables, length, count) for layer, tables in summaries.items()},
+        {
+            layer: whole - gather(rows, layer, others, whole.device)[:, :, 1].sum(1, dtype=torch.float32)
+            for layer, whole in sums.items()
+        },
+        extent.row_bytes,
+    )
+
+
+def _first_rows(tables: Sequence[Tensor], length: Tensor, num_sentences: int) -> list[Tensor]:
+    """Of tables whose rows are sentences or tokens, what belongs to the first sentences."""
+    num_tokens = int(length[:num_sentences].sum())
+    return [table[: num_sentences if len(table) == len(length) else num_tokens].contiguous() for table in tables]
 
 
 def _copied(tensors: Sequence[Tensor], memory: HostMemory) -> tuple[Tensor, Iterator[Tensor]]:

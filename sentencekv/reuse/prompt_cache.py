@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sentencekv.attention import UnsupportedModelError, text_config
+from sentencekv.attention import UnsupportedModelError, sliding_layers, text_config
 from sentencekv.config import Config
 from sentencekv.fused import FusedLayers
 from sentencekv.memory import HostMemory
 from sentencekv.prompts import Prompt
 from sentencekv.reading import Progress, read
 from sentencekv.reuse.catalog import Catalog, EntryGoneError, Payload, Record
-from sentencekv.reuse.decide import LEAST_SHARED_TOKENS, Decision, Way, decide, make_reuse_options
+from sentencekv.reuse.decide import LEAST_SHARED_TOKENS, Decision, Way, decide, make_reuse_options, recipe_of
 from sentencekv.reuse.edit import CachedPrompt, derived, rebased
 from sentencekv.reuse.index import shared_prefix
 from sentencekv.reuse.kept import Kept, StateRows
@@ -53,7 +53,7 @@ class Reading(NamedTuple):
     logits_V: Tensor
     """Float32, of the last token."""
     finish: Callable[[float], Reuse]
-    """Caches the prompt, if that helps others, and says what was reused. Called once, after the answer, with the
+    """Caches the prompt, if that helps others, and says what was reused. Called once, better after the answer, with the
     seconds that reading took: what caching costs is not part of them."""
 
 
@@ -70,6 +70,18 @@ def _for_want_of_room() -> Iterator[None]:
         yield
     except (MemoryError, OSError, EntryGoneError) as error:
         _LOG.warning("the prompt is not cached: %s", error)
+
+
+_LOST = (EntryGoneError, MemoryError, OSError)
+"""What keeps a cached prompt from being used, and no answer from being given."""
+
+
+def _why_lost(error: Exception) -> str:
+    """For the report. What an error says of memory or files may be about others' prompts."""
+    _LOG.warning("a cached prompt cannot be used: %s", error)
+    if isinstance(error, EntryGoneError):
+        return str(error)
+    return "there is no room for the cached prompt's KV" if isinstance(error, MemoryError) else "it cannot be read"
 
 
 class PromptCache:
@@ -98,8 +110,7 @@ class PromptCache:
             embed: a text to the numbers by which similar prompts are found; None: the mean of the model's own
                 embeddings of its tokens.
         """
-        kinds = getattr(text_config(model), "layer_types", None) or ()
-        if "sliding_attention" in kinds or getattr(text_config(model), "sliding_window", None):
+        if sliding_layers(text_config(model)):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has sliding-window layers, whose KV before the window is not kept; use "
                 "reuse='off', or append to a Document"
@@ -121,9 +132,16 @@ class PromptCache:
             owner=owner,
             load=self._load,
             limit_bytes=limit,
+            disk_limit_bytes=config.reuse_disk_bytes,
+            namespace_limit_bytes=config.reuse_namespace_bytes,
+            namespace_disk_limit_bytes=config.reuse_namespace_bytes,
             embedding_size=self._embedding_VE.shape[1] if embed is None else len(embed("size")),
         )
         memory.on_shortage(self.catalog.make_room)
+
+    @property
+    def _recipe(self) -> str:
+        return recipe_of(self.options)
 
     def close(self) -> None:
         """Write what is to be kept, and let go of all memory."""
@@ -139,23 +157,32 @@ class PromptCache:
     def read(self, prompt: Prompt, namespace: str, progress: Progress | None = None) -> Reading:
         """Read a prompt, with the help of what is cached in its namespace."""
         started_at = time.perf_counter()
-        same = self.catalog.same(namespace, prompt.token_ids)
-        if same is not None and (self._rotations is not None or not same.approximate):
-            with contextlib.suppress(EntryGoneError, MemoryError):
+        recipe = self._recipe if self._config.reuse == "similar" else None
+        lost = ""
+        same = self.catalog.same(namespace, prompt.token_ids, recipe)
+        if same is not None:
+            try:
                 reading = self._reopen(prompt, same, started_at)
                 _report_all(prompt, progress)
                 return reading
+            except _LOST as error:
+                lost = _why_lost(error)
         embedding = self._embedding(prompt)
-        record, (way, reason) = self._find(prompt, namespace, embedding)
-        seconds = time.perf_counter() - started_at
-        if record is not None and way is not None:
+        # A donor that is lost is not found again: the next best takes its place.
+        for _ in range(_CANDIDATES):
+            record, (way, reason) = self._find(prompt, namespace, embedding)
+            seconds = time.perf_counter() - started_at
+            if record is None or way is None:
+                break
             try:
                 reading = self._rebuild(prompt, namespace, embedding, record, way, reason, seconds)
                 _report_all(prompt, progress)
                 return reading
-            except (EntryGoneError, MemoryError) as error:
-                reason = str(error)
-        return self._read_all(prompt, namespace, embedding, reason, seconds, progress)
+            except _LOST as error:
+                lost = _why_lost(error)
+                if not isinstance(error, EntryGoneError):
+                    break
+        return self._read_all(prompt, namespace, embedding, lost or reason, seconds, progress)
 
     def _read_all(
         self,
@@ -314,9 +341,17 @@ class PromptCache:
         fuzzy, embedding_VE = self.options.matching, self._embedding_VE
         return align(record.token_ids, ids, donor_ends=record.ends, ends=ends, fuzzy=fuzzy, embedding_VE=embedding_VE)
 
+    def forget(self, namespace: str) -> int:
+        """Let go of all that is cached in a namespace, in files as well; how many prompts that were."""
+        entries = self.catalog.statistics(namespace).entries
+        self.catalog.clear(namespace)
+        return entries
+
     def _embedding(self, prompt: Prompt) -> np.ndarray:
         if self._embed is not None:
-            return np.asarray(self._embed(prompt.text), dtype=np.float32)
+            found = np.asarray(self._embed(prompt.text), dtype=np.float32)
+            # Some embeddings know no word of a text. Then it is like no other, and found by its tokens alone.
+            return found if found.any() else np.ones_like(found)
         ids = torch.tensor(prompt.token_ids, device=self._embedding_VE.device)
         total_E = sum(self._embedding_VE[part].sum(0, dtype=torch.float32) for part in ids.split(_EMBEDDED_AT_ONCE))
         assert isinstance(total_E, Tensor)
@@ -334,7 +369,9 @@ class PromptCache:
     ) -> None:
         """Cache a prompt that was read exactly, for all that come."""
         num_tokens = len(prompt.token_ids)
-        if self._closed or num_tokens < LEAST_SHARED_TOKENS or self._is_cached(prompt, namespace, approximate=False):
+        if self._closed or num_tokens < LEAST_SHARED_TOKENS:
+            return
+        if self.catalog.entry(namespace, prompt.token_ids, approximate=False) is not None:
             return
         with self._parent_of(donor if num_prefix >= _PARENT_SHARE * num_tokens else None) as parent:
             kept = Kept(session.state(), num_tokens, self._memory)
@@ -344,7 +381,7 @@ class PromptCache:
                 shared_T = np.where(token_T < num_prefix, token_T, -1)
                 sources, parent = rebased(dict.fromkeys(kept.rows.layers, shared_T), parent)
             cached = CachedPrompt(kept.rows, logits_V.cpu(), kept=kept, parent=parent, source_of_layer=sources)
-            self._add(prompt, namespace, embedding, cached, approximate=False)
+            self._add(prompt, namespace, embedding, cached, recipe=None)
 
     def _keep_edit(
         self,
@@ -358,8 +395,13 @@ class PromptCache:
         computed_of_layer: Mapping[int, np.ndarray],
     ) -> None:
         """Cache an approximation, for this prompt alone, as an edit of the one that it was made from."""
-        if self._closed or self._is_cached(prompt, namespace, approximate=True):
+        if self._closed or len(prompt.token_ids) < LEAST_SHARED_TOKENS:
             return
+        cached_before = self.catalog.entry(namespace, prompt.token_ids, approximate=True)
+        if cached_before is not None:
+            if cached_before.recipe == self._recipe:
+                return
+            self.catalog.remove(cached_before)
         with self._parent_of(donor) as parent:
             if parent is None:
                 return  # it has left meanwhile, and what is derived from it means nothing
@@ -375,7 +417,7 @@ class PromptCache:
                 sources[layer] = source_T
             rows = StateRows(state, state.extents, len(prompt.token_ids))
             cached = derived(rows, sources, parent, logits_V.cpu(), self._memory)
-            self._add(prompt, namespace, embedding, cached, approximate=True)
+            self._add(prompt, namespace, embedding, cached, recipe=self._recipe)
 
     @contextlib.contextmanager
     def _parent_of(self, record: Record | None) -> Iterator[CachedPrompt | None]:
@@ -388,15 +430,20 @@ class PromptCache:
                 parent = stack.enter_context(self._held(record))
             yield parent
 
-    def _is_cached(self, prompt: Prompt, namespace: str, *, approximate: bool) -> bool:
-        return self.catalog.has(namespace, prompt.token_ids, approximate=approximate)
-
     def _add(
-        self, prompt: Prompt, namespace: str, embedding: np.ndarray, cached: CachedPrompt, *, approximate: bool
+        self, prompt: Prompt, namespace: str, embedding: np.ndarray, cached: CachedPrompt, *, recipe: str | None
     ) -> None:
+        """`recipe`: None for what is exact."""
         key = cached.parent.key if cached.parent is not None else None
         record = self.catalog.add(
-            namespace, prompt.token_ids, prompt.ends, cached, embedding, approximate=approximate, parent=key
+            namespace,
+            prompt.token_ids,
+            prompt.ends,
+            cached,
+            embedding,
+            approximate=recipe is not None,
+            recipe=recipe or "",
+            parent=key,
         )
         if record is None:
             cached.drop()

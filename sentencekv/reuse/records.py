@@ -31,6 +31,7 @@ CREATE TABLE records (
     key INTEGER PRIMARY KEY,
     namespace TEXT NOT NULL,
     approximate INTEGER NOT NULL,
+    recipe TEXT NOT NULL,
     parent INTEGER REFERENCES records (key),
     used INTEGER NOT NULL,
     host_bytes INTEGER NOT NULL,
@@ -67,6 +68,8 @@ class Record:
     """Whether its rows differ from what a full prefill of the prompt gives."""
     parent: int | None
     """Key of the record whose rows it needs."""
+    recipe: str = ""
+    """What an approximation was made with; empty for what is exact."""
 
 
 class Row(NamedTuple):
@@ -96,7 +99,7 @@ class Records:
         with contextlib.ExitStack() as undo:
             self._lock = undo.enter_context(self._locked(folder)) if folder is not None else None
             path = ":memory:" if folder is None else str(folder / "catalog.sqlite3")
-            with self._errors_named():
+            with self._errors_named("; if it is damaged, delete the folder or use another one"):
                 # One thread at a time, but not always the same: the caller sees to it.
                 self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(self._database.close)
@@ -109,6 +112,8 @@ class Records:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise CatalogError(f"a catalog needs a folder, and {self._name} is or runs through a file") from None
+        for name in ("lock", "catalog.sqlite3"):  # the folder may be one that others can read
+            (folder / name).touch(mode=0o600)
         lock = (folder / "lock").open("ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,11 +155,11 @@ class Records:
             )
 
     @contextlib.contextmanager
-    def _errors_named(self) -> Iterator[None]:
+    def _errors_named(self, remedy: str = "") -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise OSError(errno.EIO, f"the catalog {self._name} cannot be read or written: {error}") from error
+            raise OSError(errno.EIO, f"the catalog {self._name} cannot be read or written: {error}{remedy}") from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -171,11 +176,11 @@ class Records:
     def insert(self, row: Row, used: Mapping[int, int]) -> None:
         """Add a row, and set when others were used."""
         record = row.record
-        numbers = (record.approximate, record.parent, row.used, row.host_bytes, row.file_bytes)
+        numbers = (record.approximate, record.recipe, record.parent, row.used, row.host_bytes, row.file_bytes)
         arrays = (record.token_ids.astype("<i4"), record.ends.astype("<i4"), row.embedding.astype("<f4"))
         with self._transaction() as database:
             database.execute(
-                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", (record.key, record.namespace, *numbers)
+                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (record.key, record.namespace, *numbers)
             )
             blobs = [array.tobytes() for array in arrays]
             database.execute("INSERT INTO prompts VALUES (?, ?, ?, ?)", (record.key, *blobs))
@@ -204,7 +209,7 @@ class Records:
         """All rows, the last used first."""
         with self._errors_named():
             numbers = self._database.execute("SELECT * FROM records ORDER BY used DESC").fetchall()
-            for key, namespace, approximate, parent, used, host_bytes, file_bytes in numbers:
+            for key, namespace, approximate, recipe, parent, used, host_bytes, file_bytes in numbers:
                 found = self._database.execute("SELECT token_ids, ends, embedding FROM prompts WHERE key = ?", (key,))
                 token_ids, ends, embedding = found.fetchone()
                 record = Record(
@@ -214,6 +219,7 @@ class Records:
                     np.frombuffer(ends, dtype="<i4").astype(np.int32, copy=False),
                     bool(approximate),
                     parent,
+                    recipe,
                 )
                 vector = np.frombuffer(embedding, dtype="<f4").astype(np.float32, copy=False)
                 yield Row(record, vector, used, host_bytes, file_bytes)

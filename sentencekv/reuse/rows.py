@@ -6,7 +6,6 @@ are in `kept.py`. Knows tensors and token positions; nothing of models but how t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -47,6 +46,8 @@ class PackedRows:
     def __init__(self, kv_of_layer: Mapping[int, Tensor]) -> None:
         """`kv_of_layer`: `[N, T, 2, H]`, contiguous; not necessarily of as many tokens in each layer."""
         self.kv_of_layer = dict(kv_of_layer)
+        self._tables: dict[int, Table] = {}
+        """By their number of rows."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,12 +65,10 @@ class PackedRows:
         return [self.kv_of_layer[layer]]
 
     def table(self, layer: int) -> Table:
-        return _in_order(self.kv_of_layer[layer].shape[1])
-
-
-@functools.lru_cache(maxsize=64)
-def _in_order(num_rows: int) -> Table:
-    return np.pad(np.arange(num_rows)[:, None], ((0, 0), (1, 1)))
+        num_rows = self.kv_of_layer[layer].shape[1]
+        if num_rows not in self._tables:
+            self._tables[num_rows] = np.pad(np.arange(num_rows)[:, None], ((0, 0), (1, 1)))
+        return self._tables[num_rows]
 
 
 class DerivedRows:

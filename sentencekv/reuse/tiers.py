@@ -92,7 +92,11 @@ class Tiers:
         Raises EntryGoneError if a file is damaged, MemoryError if there is no room beside what is held.
         """
         lineage = space.lineage(entry)
-        self._records.touch(self._use(lineage))  # before room is made: what is wanted must not leave for it
+        used = self._use(lineage)  # before room is made: what is wanted must not leave for it
+        try:
+            self._records.touch(used)
+        except OSError as error:
+            _LOG.warning("the use of a cached prompt is not noted: %s", error)
         needed = sum(each.stored_bytes for each in lineage if each.payload is None)
         if entry.payload is None and not self._make_room(space, needed, keep=lineage):
             raise MemoryError(
@@ -121,13 +125,17 @@ class Tiers:
         """Forget entries for good, children before their parents. Raises ValueError if one is held."""
         if any(entry.holds for entry in entries):
             raise ValueError("an entry that is held cannot be removed; leave the `held` block first")
-        # Records first: one without its file is dropped at the next opening, and so is a file without a record.
-        self._records.delete([entry.record.key for entry in entries])
         space.delete(entries)
         for entry in entries:
             entry.drop()
-            if entry.file_bytes is not None:
-                self._file(entry).unlink(missing_ok=True)
+        # A record without its file is dropped at the next opening, and so is a file without a record.
+        try:
+            self._records.delete([entry.record.key for entry in entries])
+            for entry in entries:
+                if entry.file_bytes is not None:
+                    self._file(entry).unlink(missing_ok=True)
+        except OSError as error:
+            _LOG.warning("%d cached prompts are forgotten, and some of their files stay: %s", len(entries), error)
 
     def clear(self, name: str) -> None:
         """Forget a namespace. Raises ValueError if one of its entries is held."""
@@ -147,16 +155,28 @@ class Tiers:
         return sum(here[space][entry] for space, entry in chosen)
 
     def persist(self) -> None:
-        """Write what has no file yet, the last used first, as far as the bounds go; nothing without a folder."""
+        """Write what has no file yet, the last used first, as far as the bounds go; nothing without a folder.
+
+        Raises the first OSError when all others are written.
+        """
         if self._folder is None:
             return
+        failure: OSError | None = None
         loaded = [
             (s, entry) for s in self._spaces.values() for entry in s.entries.values() if entry.payload is not None
         ]
         for space, entry in sorted(loaded, key=lambda each: -each[1].used):
-            # Asked now: one that was used later may have taken its place on the disk.
-            if entry.file_bytes is None and not self._write(space, entry):
-                _LOG.info("a cached prompt of %d tokens has no room on disk", len(entry.record.token_ids))
+            num_tokens = len(entry.record.token_ids)
+            try:
+                # Asked now: one that was used later may have taken its place on the disk.
+                if entry.file_bytes is None and entry.payload is not None and not self._write(space, entry):
+                    _LOG.info("a cached prompt of %d tokens has no room on disk", num_tokens)
+            except OSError as error:
+                failure = failure or error
+            except MemoryError as error:
+                _LOG.warning("a cached prompt of %d tokens is lost: %s", num_tokens, error)
+        if failure is not None:
+            raise failure
 
     def drop(self) -> None:
         """Let go of all host memory, written or not."""
@@ -193,11 +213,13 @@ class Tiers:
 
     def _evict(self, space: Namespace, entry: Entry) -> None:
         """Out of host memory: to a file, or for good where it cannot have one."""
+        if entry.payload is None:
+            return  # it left while another one was written
         written = entry.file_bytes is not None
         if not written and self._folder is not None:
             try:
                 written = self._write(space, entry)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 _LOG.warning("a cached prompt of %d tokens is lost: %s", len(entry.record.token_ids), error)
         if written:
             entry.drop()
@@ -213,9 +235,13 @@ class Tiers:
         assert entry.payload is not None
         path = self._file(entry)
         partial = path.with_suffix(_PARTIAL)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
         try:
-            entry.payload.write(partial)
+            partial.touch(mode=0o600)  # what people asked is in there; who writes it keeps the mode
+            # Its rows may have to come back from a document's file, for which other entries leave.
+            with holding(space.lineage(entry)):
+                entry.payload.write(partial)
             file_bytes = _sync(partial)
             if not self._make_disk_room(space, file_bytes, entry.used):
                 return False
