@@ -34,6 +34,9 @@ MOST_SAMPLES = 10
 _SHOWN_CHARACTERS = 400
 """Of an answer; more are left out, and counted."""
 
+_LIKENESS = ("agreement", "rouge_l", "chrf")
+"""Metrics of what comes close to another reading's answer (`eval/reuse`)."""
+
 _FIELDS = ("task", "id", "length", "policy", "budget_tokens", "metric", "status")
 """What every row must have."""
 
@@ -280,11 +283,12 @@ def wrong_answers(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Of each policy the task with the lowest mean score over all lengths and budgets, and its lowest answers.
 
     Only policies that have an answer with less than the whole score; among equals the lot decides, always in the same
-    way. Predictions and answers are shortened.
+    way. Predictions and answers are shortened. Going on a little otherwise than full reading does is no answer, and not
+    wrong: rows of `_LIKENESS` are left out.
     """
     scored: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        if row["status"] == "ok":
+        if row["status"] == "ok" and row["metric"] not in _LIKENESS:
             scored.setdefault(row["policy"], {}).setdefault(row["task"], []).append(row)
     samples = []
     for policy, tasks in scored.items():

@@ -5,6 +5,9 @@ hard or easy cancels, and only what the policy does is left. Intervals are perce
 again with replacement (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). They speak of other
 examples of the same tasks, not of other tasks, and with fewer than about twenty examples they are too narrow.
 
+Where rows name the `text` that they are about, texts are drawn with all their examples in place of examples: a hundred
+questions about one text are one text's.
+
 This module knows rows and numbers, nothing of files, tables or plots.
 """
 
@@ -60,18 +63,46 @@ def paired_difference(
     resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
+    text_of: Mapping[Key, str] | None = None,
 ) -> Interval:
     """Mean of `scores` minus `baseline` over the examples that both have, with its bootstrap interval.
 
+    `text_of`: what each example is about; then texts are drawn, each with all its examples, since those of one text
+    tend to come out alike.
+
     An example that only one has is left out, as one that ran out of memory says nothing of the other. The order of the
     mappings does not matter, and one seed gives one result. Raises ValueError for fewer than two shared examples, of
-    which no interval can be made, and for `resamples` below 1 or a `level` that is not between 0 and 1.
+    which no interval can be made, or of one text, and for `resamples` below 1 or a `level` that is not between 0 and 1.
     """
     shared = sorted(scores.keys() & baseline.keys())
-    if len(shared) < 2:
-        raise ValueError(f"an interval needs two examples that both have, got {len(shared)}; run more examples")
-    differences = _column([scores[key] - baseline[key] for key in shared])
-    return _mean_of_tasks([differences], resamples, seed, level)
+    texts = [text_of[key] for key in shared] if text_of is not None else shared
+    if len(set(texts)) < 2:
+        raise ValueError(f"an interval needs two examples that both have, got {len(set(texts))}; run more examples")
+    differences = [scores[key] - baseline[key] for key in shared]
+    if text_of is None:
+        return _mean_of_tasks([_column(differences)], resamples, seed, level)
+    return _mean_of_texts([list(zip(texts, differences, strict=True))], resamples, seed, level)
+
+
+def ratio_of_sums(
+    numerators: Mapping[Key, float],
+    denominators: Mapping[Key, float],
+    text_of: Mapping[Key, str],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Sum of `numerators` by that of `denominators`, of the same examples, with its interval: texts are drawn, each
+    with all its examples. Raises ValueError for fewer than two texts."""
+    texts = sorted({text_of[key] for key in numerators})
+    if len(texts) < 2:
+        raise ValueError(f"an interval needs two texts, got {len(texts)}; run more examples")
+    sums = np.zeros((len(texts), 2))
+    for key, value in numerators.items():
+        sums[texts.index(text_of[key])] += value, denominators[key]
+    above, below = _resampled_sums(sums, resamples, np.random.default_rng(seed)).T
+    return Interval(float(sums[:, 0].sum() / sums[:, 1].sum()), *_bounds(above / below, level))
 
 
 def summarise(rows: Iterable[Row], *, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> list[Cell]:
@@ -79,8 +110,8 @@ def summarise(rows: Iterable[Row], *, resamples: int = 10_000, seed: int = 0, le
 
     Every cell has `task`, `length`, `policy`, `budget_tokens` (None where all is read), `count` (rows whose status is
     ok: what means are over), `failed` (the number of others by status), `paired` (examples that are ok here and under
-    `full`), `differing` (those of them that came out otherwise) and the means of `MEANS` over the ok rows that have
-    them.
+    `full`), `differing` (those of them that came out otherwise, or the texts that they are about) and the means of
+    `MEANS` over the ok rows that have them.
 
     Of answers: `score`, the mean over all `count` rows; `full`, the mean of `full` over the paired examples;
     `difference`, the mean over the paired examples of score minus that of `full`, with the bounds `low` and `high`.
@@ -135,8 +166,13 @@ def summarise(rows: Iterable[Row], *, resamples: int = 10_000, seed: int = 0, le
             "count": sum(len(asked) for asked in right),
             "failed": dict(sorted(Counter(row["status"] for row in every if row["status"] != "ok").items())),
             "paired": sum(len(asked.keys() & full.keys()) for asked in right),
-            "differing": sum(
-                row[figure] != full[key][figure] for asked in right for key, row in asked.items() if key in full
+            "differing": len(
+                {
+                    _text_of(row)
+                    for asked in right
+                    for key, row in asked.items()
+                    if key in full and row[figure] != full[key][figure]
+                }
             ),
             **weigh(right, full, resamples, seed, level),
             **{name: _mean([_mean([row.get(name) for row in asked.values()]) for asked in right]) for name in MEANS},
@@ -160,7 +196,15 @@ def _scores(
     ]
     whole = all(len(pair) > 0 for pair in pairs)
     differences = [_column([score - reference for score, reference in pair]) for pair in pairs]
-    bounds = _mean_of_tasks(differences, resamples, seed, level) if min(map(len, pairs)) > 1 else None
+    texts = [[_text_of(row) for key, row in sorted(asked.items()) if key in full] for asked in members]
+    bounds = None
+    if min(len(set(some)) for some in texts) > 1:
+        if any("text" in row for asked in members for row in asked.values()):
+            columns = zip(texts, differences, strict=True)
+            valued = [list(zip(some, each[:, 0].tolist(), strict=True)) for some, each in columns]
+            bounds = _mean_of_texts(valued, resamples, seed, level)
+        else:
+            bounds = _mean_of_tasks(differences, resamples, seed, level)
     return {
         "score": _mean([_mean([row["score"] for row in asked.values()]) for asked in members], whole=True),
         "full": _mean([_mean([reference for _, reference in pair]) for pair in pairs], whole=True),
@@ -206,6 +250,20 @@ def _mean_of_tasks(tasks: Sequence[NDArray[np.float64]], resamples: int, seed: i
     return Interval(float(np.mean([task.mean() for task in tasks])), *_bounds(drawn, level))
 
 
+def _mean_of_texts(tasks: Sequence[Sequence[tuple[Any, float]]], resamples: int, seed: int, level: float) -> Interval:
+    """Mean of the tasks' means, each of texts and values; texts are drawn, with all their values in all tasks."""
+    texts = sorted({text for task in tasks for text, _ in task})
+    sums = np.zeros((len(texts), 2 * len(tasks)))
+    for column, task in enumerate(tasks):
+        for text, value in task:
+            sums[texts.index(text), 2 * column : 2 * column + 2] += value, 1
+    drawn = _resampled_sums(sums, resamples, np.random.default_rng(seed))
+    with np.errstate(invalid="ignore"):  # a draw may have nothing of a task, and is the mean of the others then
+        means = drawn[:, 0::2] / drawn[:, 1::2]
+    mean = float(np.mean([np.mean([value for _, value in task]) for task in tasks]))
+    return Interval(mean, *_bounds(np.nanmean(means, axis=1), level))
+
+
 def _resampled_sums(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """`[resamples, columns]`: sums of as many rows of `values`, `[examples, columns]`, drawn with replacement."""
     if resamples < 1:
@@ -237,6 +295,11 @@ def _mean(values: Sequence[float | None], whole: bool = False) -> float | None:
 
 def _key(row: Row) -> Key:
     return row["task"], row["id"], row["length"]
+
+
+def _text_of(row: Row) -> str | Key:
+    """What is drawn together: the examples of a text, or one example by itself."""
+    return row["text"] if "text" in row else _key(row)
 
 
 def _ok(asked: Mapping[Key, Row]) -> dict[Key, Row]:

@@ -44,7 +44,7 @@ _LOOKS: dict[Kind, _Look] = {
     "kept": _Look(":", "cyan", ("{:", ":}"), "after a change, at its old place: taken as it is"),
     "moved": _Look(">", "bright_blue", ("{>", "<}"), "at another place: taken, keys turned to the new position"),
     "fuzzy": _Look("?", "italic yellow", ("{?", "?}"), "like what A has: takes that token's KV"),
-    "again": _Look("~", "yellow", ("{~", "~}"), "in A too, but computed: where a run begins, and the last token"),
+    "again": _Look("~", "yellow", ("{~", "~}"), "in A too, but computed: the first of a run, and the last of B"),
     "new": _Look("+", "bold magenta", ("{+", "+}"), "not in A: computed"),
     "gone": _Look("-", "strike red", ("[-", "-]"), "in A only"),
 }
@@ -125,12 +125,23 @@ def explanation_block(
         full: long runs and long lists are not shortened.
     """
     parts: list[RenderableType] = [_overview(explanation, names), Text()]
+    if (warning := _not_reused(explanation)) is not None:
+        parts[:0] = [Text(warning, style="yellow"), Text()]
     parts += [_heading(f"{plural(len(explanation.operations), 'operation')} from A to B"), _script(explanation, full)]
     parts += [Text(), _heading("the text of B"), _NewText(explanation, full), Text()]
     parts += [_heading("reading B with A cached"), _outcomes(explanation)]
     if trial is not None:
-        parts += [Text(), _heading("tried out"), _trial(trial)]
+        parts += [Text(), _heading("tried out"), _trial(explanation, trial)]
     return Group(*parts)
+
+
+def _not_reused(explanation: Explanation) -> str | None:
+    """What of the picture will not be so."""
+    if explanation.similar.kind == "none":
+        return "This is what A and B share; none of it will be reused: see the end."
+    if explanation.similar.kind == "prefix" and len(explanation.alignment.matches) > 1:
+        return "This is what A and B share; only the beginning of both will be reused: see the end."
+    return None
 
 
 def _heading(text: str) -> Text:
@@ -266,21 +277,22 @@ def _outcome_text(outcome: Outcome, num_tokens: int) -> Text:
     return text.append(f"; {outcome.reason}", style="yellow") if outcome.reason else text
 
 
-def _trial(trial: Trial) -> RenderableType:
-    reuse = trial.reuse
+def _trial(explanation: Explanation, trial: Trial) -> RenderableType:
+    # What it saves was measured here, and need not be estimated; what moved, less what is computed again, as above.
+    num_moved = min(explanation.counts()["moved"], trial.reuse.reused_tokens)
+    reuse = dataclasses.replace(trial.reuse, seconds_saved=None, moved_tokens=num_moved)
     times = trial.seconds_in_full / reuse.seconds_to_read
-    total, agreeing = len(trial.token_ids), trial.num_agreeing
+    total, agreeing = len(trial.full_token_ids), trial.num_agreeing
     agree = f"the first {total} are the same" if agreeing == total else f"the first {agreeing} of {total} are the same"
     return key_values(
         [
-            # What it saves was measured here, and need not be estimated.
-            ("reading", reuse_line(dataclasses.replace(reuse, seconds_saved=None))),
+            ("reading", reuse_line(reuse)),
             (
                 "time",
                 f"{format_seconds(reuse.seconds_to_read)}, {format_seconds(reuse.seconds_to_find)} of it to find A",
             ),
             ("in full", f"{format_seconds(trial.seconds_in_full)}, {times:.1f} times as long"),
-            ("divergence", f"{trial.divergence:.2g} nats (KL) from the full reading's next token"),
+            ("divergence", f"{trial.divergence:.2g} nats, KL(full || reuse) of the next token"),
             ("greedy tokens", Text(agree, style="green" if agreeing == total else "yellow")),
         ]
     )

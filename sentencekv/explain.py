@@ -199,7 +199,10 @@ def _outcomes(
         return (Outcome("none", num_tokens, num_tokens, reason),) * 2
     if donor.token_ids == prompt.token_ids:
         return (Outcome("same", 0, 0, ""),) * 2
-    exact, similar = (decide([alignment], options, num_layers, moves=moves) for moves in (False, True))
+    # Under `exact`, only what begins alike is looked at.
+    beginning = [alignment] if alignment.num_prefix else []
+    exact = decide(beginning, options, num_layers, moves=False)
+    similar = decide([alignment], options, num_layers, moves=True)
     return _outcome(exact, num_tokens, options), _outcome(similar, num_tokens, options)
 
 
@@ -220,16 +223,17 @@ class Trial:
     seconds_in_full: float
     """Reading the new prompt without a cache."""
     divergence: float
-    """Kullback-Leibler divergence, in nats, of the next token's distribution from that after a full reading."""
+    """KL(full || reuse) of the next token's distributions, in nats: after a full reading, and after this one."""
     token_ids: list[int]
-    """The greedy tokens that follow."""
+    """The greedy tokens that follow, up to one that ends texts."""
     full_token_ids: list[int]
     """Those after a full reading."""
 
     @property
     def num_agreeing(self) -> int:
         """How many of the first greedy tokens are those of the full reading."""
-        pairs = zip(self.token_ids, self.full_token_ids, strict=True)
+        # One is longer only if the other ended before, which is a difference.
+        pairs = zip(self.token_ids, self.full_token_ids, strict=False)
         return next((at for at, (ours, full) in enumerate(pairs) if ours != full), len(self.token_ids))
 
 
@@ -280,10 +284,10 @@ def _read_both(engine: Engine, donor: Prompt, prompt: Prompt, namespace: str, nu
 
 
 def _continued(engine: Engine, session: Session, logits_V: Tensor, num_tokens: int) -> list[int]:
-    """The likeliest tokens, each after those before it, attending to everything."""
+    """The likeliest tokens, each after those before it, attending to everything; up to one that ends texts."""
     token_ids = [int(logits_V.argmax())]
     with engine.layers.active():
-        while len(token_ids) < num_tokens:
+        while len(token_ids) < num_tokens and token_ids[-1] not in engine._stop_ids:
             logits_BV = forward(engine.model, [token_ids[-1:]], [session], exact=True)
             token_ids.append(int(logits_BV[0].argmax()))
     return token_ids

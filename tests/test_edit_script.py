@@ -123,6 +123,26 @@ def test_outcomes(tokenizer: PreTrainedTokenizerFast) -> None:
     assert re.search(r"at the first layer, fewer at later ones: as much work as \d+ \(\d+%\)", deeper)
 
 
+def test_what_will_not_be_reused_is_said_above_the_picture(tokenizer: PreTrainedTokenizerFast) -> None:
+    nothing = "none of it will be reused: see the end"
+    beginning = "only the beginning of both will be reused: see the end"
+    assert not any(
+        line in words(shown(explained(tokenizer, text))) for text in (CHANGED, DONOR) for line in (nothing, beginning)
+    )
+    assert nothing in words(shown(explained(tokenizer, CHANGED, min_gain=0.99)).split(" operations from A to B")[0])
+    begun = "".join(SENTENCES[:-8]) + generate_prose(60, seed=10) + "".join(SENTENCES[-2:])
+    little = explained(tokenizer, begun)
+    assert little.similar.kind == "prefix"
+    assert little.counts()["moved"] + little.counts()["again"] > 0
+    assert beginning in words(shown(little))
+
+
+def test_the_legend_says_what_is_computed_again(explanation: Explanation) -> None:
+    """The last tokens of the prompt, of which there are many, not the last one."""
+    assert explanation.counts()["again"] > 32
+    assert "in A too, but computed: the first of a run, and the last of B" in words(shown(explanation, 200))
+
+
 def test_trial(explanation: Explanation) -> None:
     reuse = Reuse(
         kind="similar",
@@ -145,11 +165,12 @@ def test_trial(explanation: Explanation) -> None:
     trial = Trial(reuse, seconds_in_full=2.0, divergence=0.00123, token_ids=[1, 2, 3], full_token_ids=[1, 2, 4])
     out = words(shown(explanation, trial=trial))
     for expected in (
-        "reused 768 of 900 tokens of a similar text (700 moved), computed 132: an approximation, estimated error 3.2% "
+        f"reused 768 of 900 tokens of a similar text ({explanation.counts()['moved']} moved), computed 132: "
+        "an approximation, estimated error 3.2% "
         "time 500 ms",
         "time 500 ms, 10.0 ms of it to find A",
         "in full 2.0 s, 4.0 times as long",
-        "divergence 0.0012 nats (KL)",
+        "divergence 0.0012 nats, KL(full || reuse) of the next token",
         "the first 2 of 3 are the same",
     ):
         assert expected in out

@@ -179,6 +179,27 @@ class TestTrial:
         generating = lm.with_config(budget_tokens=2048)
         assert found.full_token_ids == generating.generate(PROMPTS["moved"], max_new_tokens=6).token_ids
 
+    def test_greedy_tokens_end_where_a_text_ends(self, lm: LongContextLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.trial(lm, PROMPTS["same"])
+        stop = found.full_token_ids[2]
+        ended = found.full_token_ids[: found.full_token_ids.index(stop) + 1]
+        original = LongContextLM.with_config
+
+        def with_stop(self: LongContextLM, **changes: object) -> LongContextLM:
+            made = original(self, **changes)
+            monkeypatch.setattr(made._engine, "_stop_ids", {stop})
+            return made
+
+        monkeypatch.setattr(LongContextLM, "with_config", with_stop)
+        again = self.trial(lm, PROMPTS["same"])
+        assert again.token_ids == again.full_token_ids == ended
+        assert again.num_agreeing == len(ended) < 6
+
+    def test_one_that_ends_before_the_other_differs_there(self, lm: LongContextLM) -> None:
+        found = self.trial(lm, PROMPTS["same"])
+        shorter = [*found.full_token_ids[:2], -1]
+        assert dataclasses.replace(found, token_ids=shorter).num_agreeing == 2
+
     def test_first_difference_counts(self, lm: LongContextLM) -> None:
         found = self.trial(lm, PROMPTS["same"])
         ours = [*found.full_token_ids[:2], -1, *found.full_token_ids[3:]]

@@ -506,6 +506,24 @@ class TestMemory:
             want = off.read(text).ask("Who?", max_new_tokens=4).token_ids
             assert document.ask("Who?", max_new_tokens=4).token_ids == want
 
+    def test_rows_that_are_in_a_documents_file(
+        self, tokenizer: PreTrainedTokenizerFast, off: LongContextLM, text: str, size: int, tmp_path: Path
+    ) -> None:
+        """A cached prompt shares them, and has no room to come back and be written: it is lost, nothing else is."""
+        kept, spilled = (tmp_path / name for name in ("kept", "spilled"))
+        spilled.mkdir()
+        lm = make_lm(tokenizer, reuse="exact", reuse_folder=str(kept), reuse_bytes=9 * size)
+        document = lm.read(text)
+        document.move_to_disk(spilled)
+        lm._engine.memory.limit_bytes = int(1.5 * size)
+        other = text[:700]
+        assert lm.generate(other, max_new_tokens=NEW_TOKENS, namespace="b").token_ids == tokens_of(off, other)
+        lm._engine.memory.limit_bytes = int(0.5 * size)
+        lm.close()
+        lm._engine.memory.limit_bytes = None
+        want = off.read(text).ask("Who?", max_new_tokens=4).token_ids
+        assert document.ask("Who?", max_new_tokens=4).token_ids == want
+
     def test_answers_are_not_kept(self, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
         """However long: a cached prompt is its own KV, and the next one begins with that."""
         held = []

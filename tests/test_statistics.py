@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval import statistics
-from eval.statistics import Cell, Interval, paired_difference, summarise
+from eval.statistics import Cell, Interval, paired_difference, ratio_of_sums, summarise
 
 
 def keyed(values: Any, task: str = "t") -> dict[tuple[str, str, int], float]:
@@ -92,6 +92,53 @@ def test_the_interval_has_the_width_of_the_standard_error() -> None:
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(keyed([0, 1]), keyed([0, 1]), **options)
+
+
+def test_texts_are_drawn_with_all_their_examples() -> None:
+    """A text asked a hundred times is one text: the interval is as wide as that of its mean asked once."""
+    rng = np.random.default_rng(5)
+    means = rng.normal(size=12)
+    once = paired_difference(keyed(means), keyed(np.zeros(12)))
+    often = keyed(np.repeat(means, 25))
+    text_of = {key: f"text {at // 25:02}" for at, key in enumerate(often)}
+    nothing = dict.fromkeys(often, 0.0)
+    found = paired_difference(often, nothing, text_of=text_of)
+    assert found == pytest.approx(once)
+    alone = paired_difference(often, nothing)
+    assert (alone.high - alone.low) * 4 < found.high - found.low
+    with pytest.raises(ValueError, match="two examples that both have, got 1"):
+        paired_difference(often, nothing, text_of=dict.fromkeys(often, "one"))
+
+
+def test_a_ratio_is_of_sums() -> None:
+    """As of the means, not the mean of ratios, which the shortest would decide."""
+    above, below = keyed([10, 1, 10, 1]), keyed([5, 1, 5, 1])
+    texts = dict(zip(above, "aabb", strict=True))
+    assert ratio_of_sums(above, below, texts) == pytest.approx((22 / 12,) * 3)
+    apart = ratio_of_sums(above, below, {key: key[1] for key in above})
+    assert apart == pytest.approx((22 / 12, 1.0, 2.0))
+    with pytest.raises(ValueError, match="two texts, got 1"):
+        ratio_of_sums(above, below, dict.fromkeys(above, "one"))
+
+
+def test_rows_that_name_their_text_have_intervals_over_texts() -> None:
+    def asked(texts: str, task: str = "t") -> list[dict[str, Any]]:
+        return [
+            row(policy, None, f"{at}", 1.0 if policy == "full" else at % 2, text=text, task=task)
+            for policy in ("full", "other")
+            for at, text in enumerate(texts)
+        ]
+
+    one = find(summarise(asked("aaaaaaaa")), "t", "other")
+    assert (one["difference"], one["low"], one["high"], one["differing"]) == (-0.5, None, None, 1)
+    two = find(summarise(asked("abababab")), "t", "other")
+    assert (two["difference"], two["low"], two["high"], two["differing"]) == (-0.5, -1.0, 0.0, 1)
+    # Of two tasks that ask the same texts, texts are drawn for both: it is no narrower than that of one.
+    both = find(summarise([*asked("abababab"), *asked("abababab", "u")]), "average", "other")
+    assert (both["difference"], both["low"], both["high"], both["differing"]) == (-0.5, -1.0, 0.0, 1)
+    # A text that one task has nothing of, in a draw of nothing else.
+    uneven = find(summarise([*asked("abababab"), *asked("cdcdcdcd", "u")]), "average", "other")
+    assert uneven["low"] < uneven["difference"] == -0.5 < uneven["high"]
 
 
 def test_one_example_makes_no_interval() -> None:

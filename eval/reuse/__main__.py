@@ -8,8 +8,12 @@
 A prompt is read in full and then by each method with its donor cached; the figures compare what the model would say
 after either. Distributions and continuations are of exact passes behind both readings, so that nothing of what
 retrieval leaves out while decoding is in them. Times are those to the first token: looking for a donor, aligning,
-moving and computing, and summaries of sentences are part of them; tokenising is not, as in `Stats`. Each part writes a
-run's folder; `python -m eval.report` makes a page of the scores in it.
+moving and computing, and summaries of sentences are part of them; tokenising is not, as in `Stats`. Every method reads
+a prompt of a run's length before anything is timed, and full reading is timed before and after the methods of a prompt.
+Each part writes a run's folder; `python -m eval.report` makes a page of the scores in it.
+
+The pocket model was taught to answer questions about a text, so that it answers most of the chat questions that arrive
+with "not mentioned", whatever was reused: with it, give `--plain`, or leave chat out.
 
     agreement           share of the tokens of full reading's greedy answer that are the method's choice as well, each
                         after the ones before it: one slip counts once
@@ -45,10 +49,11 @@ from sentencekv import LongContextLM
 from sentencekv.attention import UnsupportedModelError
 
 PARTS: dict[str, str] = {
-    "moved": "full,prefix,naive,rotation,first-4,value,key,attention,query,fuzzy,default,random,random-as-value",
-    "edits": "full,prefix,naive,rotation,value,fuzzy,default,random",
-    "facts": "full,prefix,naive,rotation,first-4,value,fuzzy,default,answer-cache",
-    "controls": "full,prefix,naive,fuzzy,default,answer-cache",
+    "moved": "full,prefix,naive,rotation,first-4,value,key,attention,query,fuzzy,semshare,default,random"
+    ",random-as-value",
+    "edits": "full,prefix,naive,rotation,value,fuzzy,semshare,default,random",
+    "facts": "full,prefix,naive,rotation,first-4,value,fuzzy,semshare,default,answer-cache",
+    "controls": "full,prefix,naive,fuzzy,semshare,default,answer-cache",
     "arrivals": "full,prefix,fuzzy-or-full,default,answer-cache",
 }
 """Parts, and the methods that are asked if none are named."""
@@ -58,6 +63,8 @@ _LONGEST_PASSAGES = 12 * PASSAGE_TOKENS
 
 _WIDEST = 400
 """Characters of a table's line."""
+
+_SHARES = "0.01,0.1,0.5,0.9"
 
 _OTHER_SEED = 1_000_000
 """Of prose that has nothing to do with any text that prompts are made of."""
@@ -83,11 +90,11 @@ def make_pairs(
         return Source(lm.tokenizer, texts, round(wanted) + _LONGEST_PASSAGES)
 
     if part == "edits":
-        made, left_out = edits(
+        made, short = edits(
             source(2 * tokens), tokens=tokens, cases=cases, shares=shares, places=places, kinds=kinds, seed=seed
         )
-        if left_out:
-            typer.echo(f"{len(left_out)} edits found nothing to edit and are left out: {left_out[0]}, ...", err=True)
+        if short:
+            typer.echo(f"edits that found less to edit than was asked for: {', '.join(short)}", err=True)
         return made
     if part == "facts":
         return changed_facts(lm.tokenizer, source(tokens), tokens=tokens, cases=cases, num_facts=num_facts, seed=seed)
@@ -113,17 +120,17 @@ def main(
         float, typer.Option(min=0.0, max=1.0, help="Of a prompt's tokens, those in passages that are cached.")
     ] = 0.8,
     cases: Annotated[int | None, typer.Option(min=1, help="Texts. Default: 16; edits 1, facts 2.")] = None,
-    facts: Annotated[int, typer.Option(min=2, help="Facts hidden in each text.")] = 8,
+    facts: Annotated[int | None, typer.Option(min=2, help="Facts hidden in each text. Default: 8.")] = None,
     shares: Annotated[
-        str, typer.Option(help="Comma-separated shares of tokens that edits touch.")
-    ] = "0.01,0.1,0.5,0.9",
-    places: Annotated[str, typer.Option(help="Where edits are.")] = ",".join(PLACES),
+        str | None, typer.Option(help=f"Comma-separated shares of tokens that edits touch. Default: {_SHARES}.")
+    ] = None,
+    places: Annotated[str | None, typer.Option(help=f"Where edits are. Default: {','.join(PLACES)}.")] = None,
     kinds: Annotated[str, typer.Option(help="Kinds of edits.")] = ",".join(KINDS),
     tasks: Annotated[
         str | None, typer.Option(help=f"Of arrivals: {', '.join(ARRIVALS)}; default: all that have their data.")
     ] = None,
     arriving: Annotated[int | None, typer.Option(min=1, help="The first so many of each task; default: all.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer to what arrives.")] = 64,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer to what arrives. Default: 64.")] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="What arrives is continued as plain text, though there is a chat template.")
     ] = False,
@@ -136,13 +143,15 @@ def main(
     dtype: arguments.Dtype = "auto",
 ) -> None:
     """Cross-prompt reuse under every method, beside full reading."""
-    if quick:
-        tokens, cases, facts, shares, places, arriving, new_tokens = 512, 1, 2, "0.1,0.5", "middle,end", 3, 16
+    if quick:  # what was asked for stays
+        tokens, cases, facts, shares = tokens or 512, cases or 1, facts or 2, shares or "0.1,0.5"
+        places, arriving, new_tokens = places or "middle,end", arriving or 3, new_tokens or 16
+    facts, new_tokens, shares, places = facts or 8, new_tokens or 64, shares or _SHARES, places or ",".join(PLACES)
     parts = arguments.names(part, "parts", list(PARTS))
     chosen_tasks: list[str] = []
     if "arrivals" in parts:
         chosen_tasks = _tasks_of(tasks, data)
-    asked = {each: _methods_of(methods or PARTS[each], each) for each in parts}
+    asked = {each: _methods_of(PARTS[each] if methods is None else methods, each) for each in parts}
     settings: dict[str, Any] = {
         "shares": _shares_of(shares),
         "places": arguments.names(places, "places", PLACES),
@@ -155,9 +164,13 @@ def main(
     except (ImportError, UnsupportedModelError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        reader.warm_up()
         for each in parts:
-            common = {"suite": f"reuse-{each}", "model": model, "policies": [method.name for method in asked[each]]}
+            common = {
+                "suite": f"reuse-{each}",
+                "model": model,
+                "policies": [method.name for method in asked[each]],
+                "methods": {method.name: method.settings() for method in asked[each]},
+            }
             folder = out / each if out is not None and len(parts) > 1 else out
             if each == "arrivals":
                 assert data is not None

@@ -28,8 +28,12 @@ class Arrival:
     task: str
     id: str
     turns: tuple[str, ...]
+    text: str
+    """As of `Pair`: what prompts have in common in all tasks of a file, one story or one conversation."""
     references: tuple[str, ...] = ()
     """Right answers to the last turn; none where nobody wrote one."""
+    metric: str = "rouge_l"
+    """Of `eval.reuse.measures.METRICS`."""
 
 
 def arrivals(task: str, data: Path, count: int | None = None) -> list[Arrival]:
@@ -73,7 +77,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _chat(number: int, row: dict[str, Any]) -> list[Arrival]:
-    return [Arrival(task="chat", id=str(row["question_id"]), turns=tuple(row["turns"]))]
+    name = str(row["question_id"])
+    return [Arrival(task="chat", id=name, text=f"chat {name}", turns=tuple(row["turns"]))]
 
 
 def _story(number: int, row: dict[str, Any], *, question_first: bool) -> list[Arrival]:
@@ -86,6 +91,7 @@ def _story(number: int, row: dict[str, Any], *, question_first: bool) -> list[Ar
                 task="question_and_story" if question_first else "story",
                 id=f"{number}-{question['question_number']}",
                 turns=("\n\n".join(parts),),
+                text=f"story {number}",
                 references=tuple(response["response_text"] for response in question["responses"]),
             )
         )
@@ -94,7 +100,9 @@ def _story(number: int, row: dict[str, Any], *, question_first: bool) -> list[Ar
 
 def _translation(number: int, row: dict[str, Any]) -> list[Arrival]:
     asked = f"Translate this text from English into German.\n\n{row['src']}"
-    return [Arrival(task="translation", id=str(row["line"]), turns=(asked,), references=(row["ref_A"], row["ref_B"]))]
+    line, references = str(row["line"]), (row["ref_A"], row["ref_B"])
+    text = f"line {line}"
+    return [Arrival(task="translation", id=line, text=text, turns=(asked,), references=references, metric="chrf")]
 
 
 _TASKS: dict[str, tuple[str, Callable[[int, dict[str, Any]], list[Arrival]]]] = {

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
 
 from eval.arguments import progress_bar
 from eval.reuse.arrivals import Arrival, prompt_of
-from eval.reuse.measures import rouge_l
-from eval.reuse.methods import Method
-from eval.reuse.reader import Answer, Full, Reader, TooLongError
-from eval.reuse.rows import Row, Stored, answered_figures, failed, full_figures, read_figures, row
+from eval.reuse.measures import METRICS
+from eval.reuse.methods import ANSWER_CACHE, Method
+from eval.reuse.reader import TOO_MUCH, Full, Reader
+from eval.reuse.rows import Row, Stored, answered_figures, failed, full_figures, read_figures, row, timed
 from eval.run_folder import RunFolder
 from eval.statistics import FULL
 from sentencekv.prompts import Prompt
+from sentencekv.reuse.decide import LEAST_SHARED_TOKENS
 
 
 def run(
@@ -29,8 +29,9 @@ def run(
 ) -> None:
     """Add the rows that are not there; `full` is the first of the methods. `chat`: in the model's chat template.
 
-    A task has a cache of its own for each method. One that stopped half-way is read again from its beginning, so that
-    what comes later finds the caches as they were; only rows that are not there are added.
+    A task has a cache of its own for each method, and a prompt that one of them fails on is in none of them. A task
+    that stopped half-way is read again from its beginning, so that what comes later finds the caches as they were; only
+    rows that are not there are added.
     """
     turns = sum(len(each.turns) for each in arrivals)
     with progress_bar() as bar:
@@ -41,6 +42,8 @@ def run(
             if all(out.has(key) for each in same for turn in range(len(each.turns)) for key in stream.keys(each, turn)):
                 bar.advance(progress, sum(len(each.turns) for each in same) * len(methods))
                 continue
+            bar.update(progress, description=f"{task}: warming up")
+            stream.warm_up(same[0])
             for each in same:
                 answers: list[str] = []
                 for turn in range(len(each.turns)):
@@ -72,37 +75,60 @@ class _Stream:
         """Of the rows of one prompt."""
         return [(self._task, _name(arrival, turn), 0, method.name, None) for method in self._methods]
 
+    def warm_up(self, arrival: Arrival) -> None:
+        """As `Reader.warm_up`, with a prompt as long as the first one."""
+        self._reader.warm_up(self._encode(arrival, 0, []).text, self._methods)
+
+    def _encode(self, arrival: Arrival, turn: int, answers: Sequence[str]) -> Prompt:
+        return self._reader.encode(prompt_of(arrival.turns[: turn + 1], answers, chat=self._chat))
+
     def read(self, arrival: Arrival, turn: int, answers: Sequence[str]) -> str:
         """Read a prompt by every method and add its rows; full reading's answer, empty where there is none."""
-        prompt = self._reader.encode(prompt_of(arrival.turns, answers, chat=self._chat))
+        prompt = self._encode(arrival, turn, answers)
         last = turn == len(arrival.turns) - 1
         place: dict[str, Any] = {
             "task": self._task,
             "id": _name(arrival, turn),
             "length": 0,
-            "metric": "rouge_l",
+            "text": arrival.text,
+            "metric": arrival.metric,
             "answers": list(arrival.references) if last else [],
             "extra": {"turn": turn + 1},
         }
-        left = list(self._methods)
-        added: list[Row] = []
-        answer = Answer([], "")
+        # Of a chat, what the answer cache looks for is what is asked now: most of a later turn is the earlier ones.
+        asked = self._reader.encode(arrival.turns[turn])
+        answer = ""
         try:
             self._reader.check_length(prompt, self._max_new_tokens)
             full = self._reader.full(prompt, self._max_new_tokens)
-            answer = full.answer
-            while left:
-                figures = self._figures(left[0], prompt, full)
-                added.append(row(place, left[0].name, {**figures, **_scores(figures, full, place["answers"])}))
-                del left[0]
-            if any(method.stores_answers for method in self._methods):
-                self._stored.append(Stored(self._reader.embedding(prompt), full.answer))
-        except (TooLongError, MemoryError, torch.OutOfMemoryError) as error:
-            added += [failed(place, method.name, error) for method in left]
-        for each, key in zip(added, self.keys(arrival, turn), strict=True):
+        except TOO_MUCH as error:
+            rows = [failed(place, method.name, error) for method in self._methods]
+        else:
+            answer = full.answer.text
+            rows = self._rows(place, prompt, asked, full)
+        for each, key in zip(rows, self.keys(arrival, turn), strict=True):
             if not self._out.has(key):
                 self._out.add(each)
-        return answer.text
+        return answer
+
+    def _rows(self, place: Mapping[str, Any], prompt: Prompt, asked: Prompt, full: Full) -> list[Row]:
+        """Of one prompt, each method tried on its own."""
+        rows: list[Row] = []
+        for method in self._methods:
+            try:
+                figures = self._figures(method, prompt, asked, full)
+                rows.append(row(place, method.name, {**figures, **_scores(place, figures, full)}))
+            except TOO_MUCH as error:
+                rows.append(failed(place, method.name, error))
+        if any(each["status"] != "ok" for each in rows):
+            for method in self._methods:
+                self._reader.forget(prompt, self._namespace(method))
+        elif any(each["policy"] == ANSWER_CACHE and each["kind"] != "answer" for each in rows):
+            self._stored.append(Stored(self._reader.embedding(asked), full.answer))
+        seconds_after = None
+        with contextlib.suppress(*TOO_MUCH):
+            seconds_after = self._reader.seconds_in_full(prompt)
+        return timed(rows, full.seconds, seconds_after)
 
     def clear(self) -> None:
         """Let go of all that is cached."""
@@ -112,26 +138,33 @@ class _Stream:
     def _namespace(self, method: Method) -> str:
         return f"{self._task}: {method.name}"
 
-    def _figures(self, method: Method, prompt: Prompt, full: Full) -> Row:
+    def _figures(self, method: Method, prompt: Prompt, asked: Prompt, full: Full) -> Row:
         if method.name == FULL:
             return full_figures(full, prompt)
         if method.stores_answers:
-            return answered_figures(self._reader, full, prompt, self._stored)
+            return answered_figures(self._reader, full, prompt, self._stored, asked)
         namespace = self._namespace(method)
+        num_cached = self._reader.num_cached(namespace)
+        if len(prompt.token_ids) >= LEAST_SHARED_TOKENS and not self._reader.has(prompt, namespace):
+            num_cached += 1
         read = self._reader.read(prompt, namespace, method, full, max_new_tokens=self._max_new_tokens)
-        costs = {"caching_seconds": read.seconds_to_cache, "cached_bytes": self._reader.cached_bytes(namespace)}
-        return {**read_figures(read, full), **costs}
+        return {
+            **read_figures(read, full),
+            "caching_seconds": read.seconds_to_cache,
+            "cached_bytes": self._reader.cached_bytes(namespace),
+            "evicted": max(num_cached - self._reader.num_cached(namespace), 0),
+        }
 
 
 def _name(arrival: Arrival, turn: int) -> str:
     return arrival.id if len(arrival.turns) == 1 else f"{arrival.id}-{turn + 1}"
 
 
-def _scores(figures: Row, full: Full, references: Sequence[str]) -> Row:
-    """ROUGE-L to what full reading answers, and to what people wrote."""
-    said = figures["prediction"]
+def _scores(place: Mapping[str, Any], figures: Row, full: Full) -> Row:
+    """By the metric of the task: likeness to what full reading answers, and to what people wrote."""
+    said, references, measure = figures["prediction"], place["answers"], METRICS[place["metric"]]
     return {
-        "score": rouge_l(said, [full.answer.text]),
+        "score": measure(said, [full.answer.text]),
         "full_prediction": full.answer.text,
-        "reference_score": rouge_l(said, references) if references else None,
+        "reference_score": measure(said, references) if references else None,
     }

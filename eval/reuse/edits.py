@@ -47,34 +47,40 @@ def edits(
     kinds: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple[list[Pair], list[str]]:
-    """Every kind of edit at every place and share, of one text for each case; and what was left out since the text has
-    nothing of that kind to edit there, by name."""
+    """Every kind of edit at every place and share, of one text for each case; and what fell short, by name: edits that
+    found less to edit than was asked for, and those left out since a smaller share edits as much, or there is nothing.
+    """
     pairs: list[Pair] = []
-    left_out: list[str] = []
+    short: list[str] = []
     for number in range(cases):
         rng = Random(f"edits/{tokens}/{seed}/{number}")
         passages, spare = source.some(number, [tokens, tokens], rng)
         donor = "\n\n".join(passages)
         for kind in kinds or KINDS:
             for place in places:
-                for share in shares:
+                most = 0
+                for share in sorted(shares):
                     name = f"{seed}-{number}-{place}-{share:g}"
                     edited = KINDS[kind](_Text(source, passages, spare), place, share, Random(f"{name}/{kind}"))
-                    if edited.text == donor:
-                        left_out.append(f"{kind} {name}")
+                    if edited.text == donor or edited.edited_tokens <= most:
+                        short.append(f"{kind} {name} (left out)")
                         continue
+                    most = edited.edited_tokens
                     done = edited.edited_tokens / sum(source.lengths(passages))
+                    if done < share:
+                        short.append(f"{kind} {name} ({done:.2g})")
                     pairs.append(
                         Pair(
                             task=kind,
                             id=name,
                             length=tokens,
+                            text=f"{seed}-{number}",
                             donor=donor,
                             prompt=edited.text,
                             extra={"place": place, "share": share, "edited": round(done, 4)},
                         )
                     )
-    return pairs, left_out
+    return pairs, short
 
 
 class _Text:

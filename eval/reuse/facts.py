@@ -55,6 +55,7 @@ def facts(
                         task=task,
                         id=f"{seed}-{number}-{at}",
                         length=tokens,
+                        text=f"{seed}-{number}",
                         donor=donor,
                         prompt=ask(given, new[at]),
                         max_new_tokens=ANSWER_TOKENS,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ class Compared(NamedTuple):
     """A reading beside the full one, over the tokens with which full reading goes on."""
 
     kl: list[float]
-    """Of the distributions before each of these tokens, in nats: by how much the other one is surprised more."""
+    """KL(full || other) of the distributions before each of these tokens, in nats."""
     agreement: float
     """Share of the tokens that greedy decoding would choose at their place as well, after the ones before them as
     full reading has them: one slip counts once."""
@@ -32,10 +32,9 @@ def compare(full_LV: Tensor, other_LV: Tensor, token_ids: Sequence[int]) -> Comp
     return Compared(kl_L.tolist(), float(same_L.double().mean()), _first(same_L.tolist()))
 
 
-def compare_tokens(full_ids: Sequence[int], other_ids: Sequence[int]) -> tuple[float, int]:
-    """Agreement and first divergence of a continuation that has no distributions: token by token, at equal places."""
-    same = [at < len(other_ids) and other_ids[at] == token for at, token in enumerate(full_ids)]
-    return sum(same) / len(same), _first(same)
+def same_tokens(full_ids: Sequence[int], other_ids: Sequence[int]) -> int:
+    """First divergence of a continuation that has no distributions: how many tokens both begin with."""
+    return _first([at < len(other_ids) and other_ids[at] == token for at, token in enumerate(full_ids)])
 
 
 def _first(same: Sequence[bool]) -> int:
@@ -45,7 +44,8 @@ def _first(same: Sequence[bool]) -> int:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """F of ROUGE-L by `rouge-score`, the best of the references; 1 for the same text, even an empty one.
 
-    It counts what it takes for words, runs of ASCII letters and digits. Raises ImportError where it is missing.
+    For English: words are runs of ASCII letters and digits, without their endings (Porter's stemmer). Raises
+    ImportError where the package is missing.
     """
     if prediction in references:
         return 1.0
@@ -57,15 +57,34 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return float(scorer.score_multi(list(references), prediction)["rougeL"].fmeasure)
 
 
+def chrf(prediction: str, references: Sequence[str]) -> float:
+    """F of n-grams of characters by `sacrebleu`, from 0 to 1, the best of the references: for any language.
+
+    1 for the same text, even an empty one. Raises ImportError where the package is missing.
+    """
+    if prediction in references:
+        return 1.0
+    return float(_sacrebleu("chrF").CHRF().sentence_score(prediction, list(references)).score) / 100
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"rouge_l": rouge_l, "chrf": chrf}
+"""Of one answer; by the name of a row's metric."""
+
+
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """BLEU of all predictions together by `sacrebleu`, from 0 to 1; each has as many references as all others.
 
     Where all are shorter than four words, only the n-grams that there are count. Raises ImportError where the package
     is missing.
     """
+    streams = [list(stream) for stream in zip(*references, strict=True)]
+    scorer = _sacrebleu("BLEU").BLEU(effective_order=True)
+    return float(scorer.corpus_score(list(predictions), streams).score) / 100
+
+
+def _sacrebleu(what: str) -> Any:
     try:
         import sacrebleu
     except ImportError as error:
-        raise ImportError("BLEU needs sacrebleu: pip install 'sentencekv[eval]'") from error
-    streams = [list(stream) for stream in zip(*references, strict=True)]
-    return float(sacrebleu.BLEU(effective_order=True).corpus_score(list(predictions), streams).score) / 100
+        raise ImportError(f"{what} needs sacrebleu: pip install 'sentencekv[eval]'") from error
+    return sacrebleu

@@ -12,7 +12,8 @@ TASKS = ("moved", "random_donor", "wrong_donor")
 def moved(source: Source, *, tokens: int, share: float, cases: int, seed: int = 0) -> list[Pair]:
     """Prompts with a share of their tokens in passages that the donor has too, both in an order of their own.
 
-    The other passages are from further on in the same text, so that they are about the same people and things.
+    The other passages are from further on in the same text, so that they are about the same people and things. Raises
+    ValueError where there is just one passage to put in another order.
     """
     return [_pair(source, number, tokens, share, seed) for number in range(cases)]
 
@@ -26,6 +27,7 @@ def random_donor(source: Source, *, tokens: int, share: float, cases: int, seed:
             task="random_donor",
             id=pair.id,
             length=tokens,
+            text=pair.text,
             donor=pairs[(number + 1) % len(pairs)].donor,
             prompt=pair.prompt,
         )
@@ -43,6 +45,7 @@ def wrong_donor(source: Source, other: Source, *, tokens: int, share: float, cas
                 task="wrong_donor",
                 id=pair.id,
                 length=tokens,
+                text=pair.text,
                 donor="\n\n".join(passages),
                 prompt=pair.prompt,
             )
@@ -57,10 +60,18 @@ def _pair(source: Source, number: int, tokens: int, share: float, seed: int) -> 
     donor, prompt = [*shared, *old], [*shared, *new]
     rng.shuffle(donor)
     rng.shuffle(prompt)
+    if donor == prompt and len(set(prompt)) < 2:
+        raise ValueError(
+            f"with {tokens:,} tokens and a share of {share:g} a prompt is one passage, which has no other order; ask "
+            "for more tokens, or a lower share"
+        )
+    while donor == prompt:
+        rng.shuffle(prompt)
     return Pair(
         task="moved",
         id=f"{seed}-{number}",
         length=tokens,
+        text=f"{seed}-{number}",
         donor="\n\n".join(donor),
         prompt="\n\n".join(prompt),
         extra={"share": share, "ends": "new" if prompt[-1] in new else "moved"},

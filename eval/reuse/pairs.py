@@ -29,6 +29,9 @@ class Pair:
     """Its own within the task and length."""
     length: int
     """Tokens that were asked for."""
+    text: str
+    """The same for all that are made of the same passages: what is true of one may be true of all, so that intervals
+    are over texts, not prompts. Texts drawn from one file may overlap, and say nothing of other files."""
     donor: Prompted
     prompt: Prompted
     max_new_tokens: int = 32

@@ -6,6 +6,7 @@ figure shows is what reuse did to the KV, and nothing of what sentence retrieval
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -16,18 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.reuse.methods import DEFAULT, METHODS, Method
+from eval.reuse.methods import Method
 from eval.reuse.pairs import Prompted
 from sentencekv import LongContextLM
 from sentencekv.attention import forward
 from sentencekv.prompts import Prompt
-from sentencekv.prose import generate_prose
 from sentencekv.reuse.decide import make_reuse_options
 from sentencekv.reuse.prompt_cache import PromptCache
 from sentencekv.reuse.report import Reuse
 from sentencekv.session import Session
 
-_WARMUP_WORDS = 160
 _WARMUP_NAMESPACE = "warming up"
 
 
@@ -76,6 +75,10 @@ class TooLongError(Exception):
     """A prompt that the model has too few positions for."""
 
 
+TOO_MUCH = (TooLongError, MemoryError, torch.OutOfMemoryError)
+"""What a reading may fail with, and others need not."""
+
+
 class Reader:
     """One model, and the prompts that are cached of it, which all methods take from. `close` lets go of them."""
 
@@ -87,15 +90,20 @@ class Reader:
         assert cache is not None
         self._cache = cache
 
-    def warm_up(self) -> None:
-        """Read a short prompt in every way, so that no figure has the compiling of kernels in it."""
-        halves = generate_prose(_WARMUP_WORDS // 2, seed=1), generate_prose(_WARMUP_WORDS // 2, seed=2)
-        donor, prompt = (self.encode("\n\n".join(parts)) for parts in (halves, halves[::-1]))
-        self.add(donor, _WARMUP_NAMESPACE)
-        full = self.full(prompt, 2)
-        for method in (METHODS[DEFAULT], METHODS["value"]):
-            self.read(prompt, _WARMUP_NAMESPACE, method, full)
-            self.forget(prompt, _WARMUP_NAMESPACE)
+    def warm_up(self, text: str, methods: Sequence[Method]) -> None:
+        """Read a text and the same with its halves exchanged by every method, so that no figure of prompts as long has
+        the compiling of kernels in it, or the first touch of memory."""
+        middle = len(text) // 2
+        donor, prompt = self.encode(text), self.encode(text[middle:] + text[:middle])
+        with contextlib.suppress(*TOO_MUCH):  # a row will say so
+            self.check_length(prompt, 2)
+            full = self.full(prompt, 2)
+            self.add(donor, _WARMUP_NAMESPACE)
+            for method in methods:
+                if method.takes_kv:
+                    with contextlib.suppress(*TOO_MUCH):
+                        self.read(prompt, _WARMUP_NAMESPACE, method, full)
+                        self.forget(prompt, _WARMUP_NAMESPACE)
         self.clear(_WARMUP_NAMESPACE)
 
     def encode(self, prompt: Prompted) -> Prompt:
@@ -111,13 +119,20 @@ class Reader:
     def full(self, prompt: Prompt, max_new_tokens: int) -> Full:
         """Read with no help. Raises MemoryError for a prompt that does not fit."""
         self._engine.check_fits([prompt], max_new_tokens)
+        seconds, session, logits_V = self._in_full(prompt)
+        answer = self._continued(session.fork(), logits_V, max_new_tokens)
+        return Full(seconds, answer, self._before_each(session, logits_V, answer.token_ids))
+
+    def seconds_in_full(self, prompt: Prompt) -> float:
+        """Read once more with no help, for the time alone."""
+        return self._in_full(prompt)[0]
+
+    def _in_full(self, prompt: Prompt) -> tuple[float, Session, Tensor]:
         started_at = time.perf_counter()
         session = self._engine.session()
         logits_V = self._engine.read([session], [prompt])[0]
         int(logits_V.argmax())
-        seconds = time.perf_counter() - started_at
-        answer = self._continued(session.fork(), logits_V, max_new_tokens)
-        return Full(seconds, answer, self._before_each(session, logits_V, answer.token_ids))
+        return time.perf_counter() - started_at, session, logits_V
 
     def add(self, prompt: Prompt, namespace: str, max_new_tokens: int | None = None) -> Added:
         """Read a prompt, in full if nothing like it is cached, and cache it. Raises as `full`."""
@@ -171,12 +186,23 @@ class Reader:
     def forget(self, prompt: Prompt, namespace: str) -> None:
         """Let go of what is cached of just this prompt."""
         catalog = self._cache.catalog
-        while (record := catalog.same(namespace, prompt.token_ids)) is not None:
-            catalog.remove(record)
+        for approximate in (False, True):
+            record = catalog.entry(namespace, prompt.token_ids, approximate=approximate)
+            if record is not None:
+                catalog.remove(record)
 
     def clear(self, namespace: str) -> None:
         """Let go of all prompts of a namespace."""
         self._cache.catalog.clear(namespace)
+
+    def has(self, prompt: Prompt, namespace: str) -> bool:
+        """Whether just this prompt is cached."""
+        entry = self._cache.catalog.entry
+        return any(entry(namespace, prompt.token_ids, approximate=each) is not None for each in (False, True))
+
+    def num_cached(self, namespace: str) -> int:
+        """Prompts of a namespace."""
+        return self._cache.catalog.statistics(namespace).entries
 
     def cached_bytes(self, namespace: str) -> int:
         """Host memory of a namespace's prompts."""
