@@ -199,10 +199,7 @@ def _outcomes(
         return (Outcome("none", num_tokens, num_tokens, reason),) * 2
     if donor.token_ids == prompt.token_ids:
         return (Outcome("same", 0, 0, ""),) * 2
-    # Under `exact`, only what begins alike is looked at.
-    beginning = [alignment] if alignment.num_prefix else []
-    exact = decide(beginning, options, num_layers, moves=False)
-    similar = decide([alignment], options, num_layers, moves=True)
+    exact, similar = (decide([alignment], options, num_layers, moves=moves) for moves in (False, True))
     return _outcome(exact, num_tokens, options), _outcome(similar, num_tokens, options)
 
 

@@ -179,7 +179,8 @@ def test_some_rows_as_they_are(device: torch.device) -> None:
         assert torch.equal(gather(rows, layer, token_L[:count], device).cpu(), want)
         assert torch.equal(copied.kv_of_layer[layer], want)
     assert copied.layers == [0, 2, 3]
-    assert copied.host_bytes == memory.in_use_bytes == 7 * HEADS * 2 * DIM * 4
+    assert copied.host_bytes == 7 * HEADS * 2 * DIM * 4
+    assert memory.in_use_bytes == sum(memory.taken_bytes(kv.nbytes) for kv in copied.kv_of_layer.values())
 
 
 def test_moved_rows_are_not_copied_as_they_are() -> None:

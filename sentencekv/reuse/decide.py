@@ -14,7 +14,7 @@ from sentencekv.reuse.match import Alignment, FuzzyOptions
 from sentencekv.reuse.recompute import Plan, Recompute, plan
 
 LEAST_SHARED_TOKENS = 64
-"""Of a beginning that is worth sharing; shorter prompts are not cached."""
+"""Fewer are not worth sharing; shorter prompts are not cached."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,9 @@ def decide(alignments: Sequence[Alignment], options: ReuseOptions, num_layers: i
     prefixes, others = [], []
     for at, alignment in enumerate(alignments):
         prefix = tuple(match for match in alignment.matches if match.kind == "prefix")
+        shared = sum(match.length for match in (alignment.matches if moves else prefix))
+        if shared < LEAST_SHARED_TOKENS:
+            continue
         prefixes.append(_way(at, dataclasses.replace(alignment, matches=prefix), options, num_layers))
         if moves and len(alignment.matches) > len(prefix):
             others.append(_way(at, alignment, options, num_layers))

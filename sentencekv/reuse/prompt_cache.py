@@ -41,6 +41,8 @@ _LOG = logging.getLogger(__name__)
 DEFAULT_NAMESPACE = "default"
 _CANDIDATES = 3
 """Cached prompts that a new one is aligned with, the likeliest ones."""
+_NOT_BY_MEANING = 2.0
+"""A cosine that no two embeddings have."""
 _EMBEDDED_AT_ONCE = 4096
 _PARENT_SHARE = 0.25
 """Of its rows that an exact prompt has to have from another to be kept as an edit of it."""
@@ -159,7 +161,8 @@ class PromptCache:
         started_at = time.perf_counter()
         recipe = self._recipe if self._config.reuse == "similar" else None
         lost = ""
-        same = self.catalog.same(namespace, prompt.token_ids, recipe)
+        ids = np.asarray(prompt.token_ids, np.int32)
+        same = self.catalog.same(namespace, ids, recipe)
         if same is not None:
             try:
                 reading = self._reopen(prompt, same, started_at)
@@ -170,7 +173,7 @@ class PromptCache:
         embedding = self._embedding(prompt)
         # A donor that is lost is not found again: the next best takes its place.
         for _ in range(_CANDIDATES):
-            record, (way, reason) = self._find(prompt, namespace, embedding)
+            record, (way, reason) = self._find(ids, prompt.ends, namespace, embedding)
             seconds = time.perf_counter() - started_at
             if record is None or way is None:
                 break
@@ -317,16 +320,19 @@ class PromptCache:
             assert isinstance(payload, CachedPrompt)
             yield payload
 
-    def _find(self, prompt: Prompt, namespace: str, embedding: np.ndarray) -> tuple[Record | None, Decision]:
+    def _find(
+        self, ids: np.ndarray, ends: Sequence[int], namespace: str, embedding: np.ndarray
+    ) -> tuple[Record | None, Decision]:
         """The cached prompt that leaves least to compute, and what to do with it."""
-        ids = np.asarray(prompt.token_ids)
         if self._config.reuse == "exact":
             first = self.catalog.prefix_donor(namespace, ids)
             records = [] if first is None else [first]
         else:
-            records = self.catalog.donors(namespace, ids, embedding, _CANDIDATES)
+            # Without fuzzy matches, prompts that share no tokens have nothing to give, whatever they mean.
+            least = -1.0 if self.options.fuzzy else _NOT_BY_MEANING
+            records = self.catalog.donors(namespace, ids, embedding, _CANDIDATES, min_similarity=least)
         decision = decide(
-            [self._align(record, ids, prompt.ends) for record in records],
+            [self._align(record, ids, ends) for record in records],
             self.options,
             text_config(self._model).num_hidden_layers,
             moves=self._config.reuse == "similar",
