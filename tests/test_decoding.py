@@ -29,6 +29,13 @@ class CountingStepper(Stepper):
         self.num_launched += len(sessions)
         return super().launch(sessions, given)
 
+    def step(self, sessions: Any, given: Any) -> torch.Tensor:
+        """Waits for tokens, though it launches too."""
+        before = self.num_launched
+        logits_BV = super().step(sessions, given)
+        self.num_launched = before
+        return logits_BV
+
 
 def generate(
     model: PreTrainedModel,
