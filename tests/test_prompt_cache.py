@@ -745,9 +745,10 @@ class TestOptions:
         with pytest.raises(ValueError, match=message):
             ReuseOptions(**given)
 
-    def test_an_embedding_of_ones_own(self, device: torch.device) -> None:
-        """Finds what shares next to no tokens; it is asked for the text."""
-        reader = Reader(device)
+    @pytest.mark.parametrize("fuzzy", [False, True])
+    def test_an_embedding_of_ones_own(self, fuzzy: bool, device: torch.device) -> None:
+        """It is asked for the text, and before the answer only where it finds what shares no tokens."""
+        reader = Reader(device, {"fuzzy": True, "retention": 0.1} if fuzzy else None)
         texts: list[str] = []
 
         def embed(text: str) -> Sequence[float]:
@@ -756,7 +757,9 @@ class TestOptions:
 
         given = (reader.model, FusedLayers(reader.model), reader.config, reader.memory, reader.session)
         reader.cache = PromptCache(*given, owner="ours", chunk_tokens=128, embed=embed)
-        prompt = dataclasses.replace(prompt_of(DONOR), text="a text")
-        reader.cache.read(prompt, "a").finish(1.0)
+        del texts[:]  # its size was looked at
+        reading = reader.cache.read(dataclasses.replace(prompt_of(DONOR), text="a text"), "a")
+        assert texts == (["a text"] if fuzzy else [])
+        reading.finish(1.0)
         assert texts[-1] == "a text"
         assert reader.read(DONOR)[1].kind == "same"

@@ -167,15 +167,17 @@ class Catalog:
         self,
         namespace: str,
         token_ids: ArrayLike,
-        embedding: ArrayLike,
+        embedding: ArrayLike | None,
         limit: int = 8,
         *,
         min_similarity: float = -1.0,
     ) -> list[Record]:
         """Exact entries that may share most with this prompt, the likeliest first: by an estimate of the shared tokens,
-        then by the cosine of embeddings. `min_similarity`: the least cosine of what shares next to no tokens."""
+        then by the cosine of embeddings. `min_similarity`: the least cosine of what shares next to no tokens; without
+        an embedding these are not looked for."""
         space = self._space(namespace)
-        found = space.index.find(_token_ids(token_ids), self._unit(embedding), limit, min_similarity)
+        unit = None if embedding is None else self._unit(embedding)
+        found = space.index.find(_token_ids(token_ids), unit, limit, min_similarity)
         if found:
             space.donor_hits += 1
         else:

@@ -57,7 +57,7 @@ class Found(NamedTuple):
     prefix_tokens: int
     """So many of them at the start."""
     similarity: float
-    """Cosine of the embeddings."""
+    """Cosine of the embeddings; 0 where meaning was not asked for."""
 
 
 class PromptIndex:
@@ -104,20 +104,23 @@ class PromptIndex:
         self._embeddings.remove_ids(np.array(keys, dtype=np.int64))
 
     def find(
-        self, token_ids: Ids, embedding: NDArray[np.float32], limit: int, min_similarity: float = -1.0
+        self, token_ids: Ids, embedding: NDArray[np.float32] | None, limit: int, min_similarity: float = -1.0
     ) -> list[Found]:
         """Up to `limit` prompts that share tokens with this one, or are at least so similar; the likeliest donor first.
 
         They are ranked by shared tokens, in units of 16, then by similarity; the one with the longest common prefix is
-        always among them, since what it gives is exact.
+        always among them, since what it gives is exact. `embedding` None: only those that share tokens.
         """
         if not self._ids or limit < 1:
             return []
         buckets, weights = window_buckets(token_ids)
         candidates = set(self._neighbours(token_ids, limit))
         candidates.update(self._buckets.most_shared(buckets, weights, 2 * limit))
-        _, nearest = self._embeddings.search(embedding[None], min(limit, len(self)))
-        candidates.update(nearest[0].tolist())
+        if embedding is None:
+            min_similarity = np.inf
+        else:
+            _, nearest = self._embeddings.search(embedding[None], min(limit, len(self)))
+            candidates.update(nearest[0].tolist())
         found = [self._compare(key, token_ids, buckets, weights, embedding) for key in candidates]
         kept = [each for each in found if each.shared_tokens >= _RANKED_TOKENS or each.similarity >= min_similarity]
         kept.sort(key=lambda each: (each.shared_tokens // _RANKED_TOKENS, each.similarity, each.key), reverse=True)
@@ -143,7 +146,7 @@ class PromptIndex:
         return self._by_tokens[max(place - limit, 0) : place + limit]
 
     def _compare(
-        self, key: int, token_ids: Ids, buckets: Hashes, weights: Counts, embedding: NDArray[np.float32]
+        self, key: int, token_ids: Ids, buckets: Hashes, weights: Counts, embedding: NDArray[np.float32] | None
     ) -> Found:
         shared = prefix = self._shared_prefix(key, token_ids)
         if len(buckets) and len(self._buckets_of[key]):
@@ -151,7 +154,7 @@ class PromptIndex:
             # Without the last, which stands for all beyond it: every place is one that there is.
             common = theirs[np.searchsorted(theirs[:-1], buckets)] == buckets
             shared = max(shared, round(len(token_ids) * float(weights[common].sum() / weights.sum())))
-        similarity = float(self._embeddings.reconstruct(key) @ embedding)
+        similarity = 0.0 if embedding is None else float(self._embeddings.reconstruct(key) @ embedding)
         return Found(key, shared, prefix, similarity)
 
 

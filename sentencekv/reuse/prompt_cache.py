@@ -41,8 +41,6 @@ _LOG = logging.getLogger(__name__)
 DEFAULT_NAMESPACE = "default"
 _CANDIDATES = 3
 """Cached prompts that a new one is aligned with, the likeliest ones."""
-_NOT_BY_MEANING = 2.0
-"""A cosine that no two embeddings have."""
 _EMBEDDED_AT_ONCE = 4096
 _PARENT_SHARE = 0.25
 """Of its rows that an exact prompt has to have from another to be kept as an edit of it."""
@@ -170,28 +168,26 @@ class PromptCache:
                 return reading
             except _LOST as error:
                 lost = _why_lost(error)
-        embedding = self._embedding(prompt)
         # A donor that is lost is not found again: the next best takes its place.
         for _ in range(_CANDIDATES):
-            record, (way, reason) = self._find(ids, prompt.ends, namespace, embedding)
+            record, (way, reason) = self._find(prompt, ids, namespace)
             seconds = time.perf_counter() - started_at
             if record is None or way is None:
                 break
             try:
-                reading = self._rebuild(prompt, namespace, embedding, record, way, reason, seconds)
+                reading = self._rebuild(prompt, namespace, record, way, reason, seconds)
                 _report_all(prompt, progress)
                 return reading
             except _LOST as error:
                 lost = _why_lost(error)
                 if not isinstance(error, EntryGoneError):
                     break
-        return self._read_all(prompt, namespace, embedding, lost or reason, seconds, progress)
+        return self._read_all(prompt, namespace, lost or reason, seconds, progress)
 
     def _read_all(
         self,
         prompt: Prompt,
         namespace: str,
-        embedding: np.ndarray,
         reason: str,
         seconds_to_find: float,
         progress: Progress | None,
@@ -203,7 +199,7 @@ class PromptCache:
         def finish(seconds_to_read: float) -> Reuse:
             self._seconds_per_token[namespace] = (seconds_to_read - seconds_to_find) / num_tokens
             with _for_want_of_room():
-                self._keep(prompt, namespace, embedding, session, logits_V)
+                self._keep(prompt, namespace, session, logits_V)
             num_layers = len(session.state().recent)
             return self._report(
                 prompt,
@@ -248,7 +244,6 @@ class PromptCache:
         self,
         prompt: Prompt,
         namespace: str,
-        embedding: np.ndarray,
         record: Record,
         way: Way,
         reason: str,
@@ -265,9 +260,9 @@ class PromptCache:
             computed_of_layer = {layer: at.cpu().numpy() for layer, at in rebuilt.computed_of_layer.items()}
             with _for_want_of_room():
                 if approximate:
-                    self._keep_edit(prompt, namespace, embedding, session, logits_V, record, planned, computed_of_layer)
+                    self._keep_edit(prompt, namespace, session, logits_V, record, planned, computed_of_layer)
                 else:
-                    self._keep(prompt, namespace, embedding, session, logits_V, record, alignment.num_prefix)
+                    self._keep(prompt, namespace, session, logits_V, record, alignment.num_prefix)
             first_layer = computed_of_layer[min(computed_of_layer)]
             num_again = int(np.count_nonzero(planned.source_T[first_layer] >= 0))
             return self._report(
@@ -320,19 +315,17 @@ class PromptCache:
             assert isinstance(payload, CachedPrompt)
             yield payload
 
-    def _find(
-        self, ids: np.ndarray, ends: Sequence[int], namespace: str, embedding: np.ndarray
-    ) -> tuple[Record | None, Decision]:
+    def _find(self, prompt: Prompt, ids: np.ndarray, namespace: str) -> tuple[Record | None, Decision]:
         """The cached prompt that leaves least to compute, and what to do with it."""
         if self._config.reuse == "exact":
             first = self.catalog.prefix_donor(namespace, ids)
             records = [] if first is None else [first]
         else:
             # Without fuzzy matches, prompts that share no tokens have nothing to give, whatever they mean.
-            least = -1.0 if self.options.fuzzy else _NOT_BY_MEANING
-            records = self.catalog.donors(namespace, ids, embedding, _CANDIDATES, min_similarity=least)
+            embedding = self._embedding(prompt) if self.options.fuzzy else None
+            records = self.catalog.donors(namespace, ids, embedding, _CANDIDATES)
         decision = decide(
-            [self._align(record, ids, ends) for record in records],
+            [self._align(record, ids, prompt.ends) for record in records],
             self.options,
             text_config(self._model).num_hidden_layers,
             moves=self._config.reuse == "similar",
@@ -367,7 +360,6 @@ class PromptCache:
         self,
         prompt: Prompt,
         namespace: str,
-        embedding: np.ndarray,
         session: Session,
         logits_V: Tensor,
         donor: Record | None = None,
@@ -387,13 +379,12 @@ class PromptCache:
                 shared_T = np.where(token_T < num_prefix, token_T, -1)
                 sources, parent = rebased(dict.fromkeys(kept.rows.layers, shared_T), parent)
             cached = CachedPrompt(kept.rows, logits_V.cpu(), kept=kept, parent=parent, source_of_layer=sources)
-            self._add(prompt, namespace, embedding, cached, recipe=None)
+            self._add(prompt, namespace, cached, recipe=None)
 
     def _keep_edit(
         self,
         prompt: Prompt,
         namespace: str,
-        embedding: np.ndarray,
         session: Session,
         logits_V: Tensor,
         donor: Record,
@@ -423,7 +414,7 @@ class PromptCache:
                 sources[layer] = source_T
             rows = StateRows(state, state.extents, len(prompt.token_ids))
             cached = derived(rows, sources, parent, logits_V.cpu(), self._memory)
-            self._add(prompt, namespace, embedding, cached, recipe=self._recipe)
+            self._add(prompt, namespace, cached, recipe=self._recipe)
 
     @contextlib.contextmanager
     def _parent_of(self, record: Record | None) -> Iterator[CachedPrompt | None]:
@@ -436,9 +427,7 @@ class PromptCache:
                 parent = stack.enter_context(self._held(record))
             yield parent
 
-    def _add(
-        self, prompt: Prompt, namespace: str, embedding: np.ndarray, cached: CachedPrompt, *, recipe: str | None
-    ) -> None:
+    def _add(self, prompt: Prompt, namespace: str, cached: CachedPrompt, *, recipe: str | None) -> None:
         """`recipe`: None for what is exact."""
         key = cached.parent.key if cached.parent is not None else None
         record = self.catalog.add(
@@ -446,7 +435,7 @@ class PromptCache:
             prompt.token_ids,
             prompt.ends,
             cached,
-            embedding,
+            self._embedding(prompt),
             approximate=recipe is not None,
             recipe=recipe or "",
             parent=key,
