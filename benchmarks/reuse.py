@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "fuzzy": True,
         "retention": 0.1,
     },
+    "the same, any token for any other": {**_NOTHING, "fuzzy": True, "monotone": False, "retention": 0.1},
 }
 """Options of `reuse="similar"` by name."""
 
