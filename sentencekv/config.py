@@ -91,7 +91,8 @@ class Config:
 
     reuse_embedding: Callable[[str], Sequence[float]] | None = None
     """A text to the numbers by which prompts of similar meaning are found where `fuzzy` matches are on, e.g. a
-    sentence-embedding model's; None: the mean of the model's own embeddings of its tokens."""
+    sentence-embedding model's; always as many. It is asked before a prompt is read. None: the mean of the model's own
+    embeddings of its tokens."""
 
     def __post_init__(self) -> None:
         for field in ("budget_tokens", "window_tokens", "max_sentence_tokens", "min_sentence_tokens"):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -745,21 +745,58 @@ class TestOptions:
         with pytest.raises(ValueError, match=message):
             ReuseOptions(**given)
 
-    @pytest.mark.parametrize("fuzzy", [False, True])
-    def test_an_embedding_of_ones_own(self, fuzzy: bool, device: torch.device) -> None:
-        """It is asked for the text, and before the answer only where it finds what shares no tokens."""
-        reader = Reader(device, {"fuzzy": True, "retention": 0.1} if fuzzy else None)
+    def embedded(self, reader: Reader, embed: Callable[[str], Sequence[float]]) -> PromptCache:
+        given = (reader.model, FusedLayers(reader.model), reader.config, reader.memory, reader.session)
+        return PromptCache(*given, owner="ours", chunk_tokens=128, embed=embed)
+
+    def test_an_embedding_of_ones_own(self, device: torch.device) -> None:
+        """It is asked for the text, once."""
+        reader = Reader(device)
         texts: list[str] = []
 
         def embed(text: str) -> Sequence[float]:
             texts.append(text)
             return [1.0, float(len(text)), 0.0]
 
-        given = (reader.model, FusedLayers(reader.model), reader.config, reader.memory, reader.session)
-        reader.cache = PromptCache(*given, owner="ours", chunk_tokens=128, embed=embed)
+        reader.cache = self.embedded(reader, embed)
         del texts[:]  # its size was looked at
-        reading = reader.cache.read(dataclasses.replace(prompt_of(DONOR), text="a text"), "a")
-        assert texts == (["a text"] if fuzzy else [])
-        reading.finish(1.0)
-        assert texts[-1] == "a text"
+        reader.cache.read(dataclasses.replace(prompt_of(DONOR), text="a text"), "a").finish(1.0)
+        assert texts == ["a text"]
         assert reader.read(DONOR)[1].kind == "same"
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ([1.0, 2.0], r"reuse_embedding must give 3 numbers for every text, as it did at first; got shape \[2\]"),
+            ([[1.0, 2.0, 3.0]], r"reuse_embedding must give 3 numbers .* got shape \[1, 3\]"),
+            ([1.0, float("nan"), 0.0], r"reuse_embedding must give finite numbers, got a row of norm nan"),
+            ([1e38, 1e38, 3e38], r"reuse_embedding must give finite numbers, got a row of norm inf"),
+        ],
+    )
+    def test_a_bad_embedding_is_known_before_anything_is_computed(
+        self, row: Any, message: str, device: torch.device
+    ) -> None:
+        reader = Reader(device)
+        reader.cache = self.embedded(reader, lambda text: [1.0, 0.0, 0.0] if text == "size" else row)
+        with pytest.raises(ValueError, match=message):
+            reader.cache.read(prompt_of(DONOR), "a")
+        assert reader.memory.in_use_bytes == 0
+
+    @pytest.mark.parametrize("fuzzy", [False, True])
+    def test_the_models_own_is_made_after_the_answer(
+        self, fuzzy: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Unless prompts of similar meaning are looked for."""
+        reader = Reader(device, {"fuzzy": True, "retention": 0.1} if fuzzy else None)
+        made: list[int] = []
+        own = PromptCache._embedding
+
+        def counted(cache: PromptCache, prompt: Prompt) -> np.ndarray:
+            made.append(len(prompt.token_ids))
+            return own(cache, prompt)
+
+        monkeypatch.setattr(PromptCache, "_embedding", counted)
+        reading = reader.cache.read(prompt_of(DONOR), "a")
+        assert made == [len(DONOR)] * fuzzy
+        reading.finish(1.0)
+        assert made == [len(DONOR)]

@@ -121,6 +121,7 @@ class PromptCache:
         self._rotations: dict[int, Rotation] | None = rotations(model) if config.reuse == "similar" else None
         embedding: Any = model.get_input_embeddings()
         self._embedding_VE: Tensor = embedding.weight
+        self._embedding_size = self._embedding_VE.shape[1] if embed is None else len(embed("size"))
         self._seconds_per_token: dict[str, float] = {}
         """Of each namespace's last full reading."""
         self._closed = False
@@ -135,7 +136,7 @@ class PromptCache:
             disk_limit_bytes=config.reuse_disk_bytes,
             namespace_limit_bytes=config.reuse_namespace_bytes,
             namespace_disk_limit_bytes=config.reuse_namespace_bytes,
-            embedding_size=self._embedding_VE.shape[1] if embed is None else len(embed("size")),
+            embedding_size=self._embedding_size,
         )
         memory.on_shortage(self.catalog.make_room)
 
@@ -168,26 +169,30 @@ class PromptCache:
                 return reading
             except _LOST as error:
                 lost = _why_lost(error)
+        # Made after the answer where it is not needed to find a donor; but what may fail, before there is one to lose.
+        early = self.options.fuzzy or self._embed is not None
+        embedding = self._embedding(prompt) if early else None
         # A donor that is lost is not found again: the next best takes its place.
         for _ in range(_CANDIDATES):
-            record, (way, reason) = self._find(prompt, ids, namespace)
+            record, (way, reason) = self._find(ids, prompt.ends, namespace, embedding)
             seconds = time.perf_counter() - started_at
             if record is None or way is None:
                 break
             try:
-                reading = self._rebuild(prompt, namespace, record, way, reason, seconds)
+                reading = self._rebuild(prompt, namespace, embedding, record, way, reason, seconds)
                 _report_all(prompt, progress)
                 return reading
             except _LOST as error:
                 lost = _why_lost(error)
                 if not isinstance(error, EntryGoneError):
                     break
-        return self._read_all(prompt, namespace, lost or reason, seconds, progress)
+        return self._read_all(prompt, namespace, embedding, lost or reason, seconds, progress)
 
     def _read_all(
         self,
         prompt: Prompt,
         namespace: str,
+        embedding: np.ndarray | None,
         reason: str,
         seconds_to_find: float,
         progress: Progress | None,
@@ -199,7 +204,7 @@ class PromptCache:
         def finish(seconds_to_read: float) -> Reuse:
             self._seconds_per_token[namespace] = (seconds_to_read - seconds_to_find) / num_tokens
             with _for_want_of_room():
-                self._keep(prompt, namespace, session, logits_V)
+                self._keep(prompt, namespace, embedding, session, logits_V)
             num_layers = len(session.state().recent)
             return self._report(
                 prompt,
@@ -244,6 +249,7 @@ class PromptCache:
         self,
         prompt: Prompt,
         namespace: str,
+        embedding: np.ndarray | None,
         record: Record,
         way: Way,
         reason: str,
@@ -260,9 +266,9 @@ class PromptCache:
             computed_of_layer = {layer: at.cpu().numpy() for layer, at in rebuilt.computed_of_layer.items()}
             with _for_want_of_room():
                 if approximate:
-                    self._keep_edit(prompt, namespace, session, logits_V, record, planned, computed_of_layer)
+                    self._keep_edit(prompt, namespace, embedding, session, logits_V, record, planned, computed_of_layer)
                 else:
-                    self._keep(prompt, namespace, session, logits_V, record, alignment.num_prefix)
+                    self._keep(prompt, namespace, embedding, session, logits_V, record, alignment.num_prefix)
             first_layer = computed_of_layer[min(computed_of_layer)]
             num_again = int(np.count_nonzero(planned.source_T[first_layer] >= 0))
             return self._report(
@@ -315,17 +321,19 @@ class PromptCache:
             assert isinstance(payload, CachedPrompt)
             yield payload
 
-    def _find(self, prompt: Prompt, ids: np.ndarray, namespace: str) -> tuple[Record | None, Decision]:
+    def _find(
+        self, ids: np.ndarray, ends: Sequence[int], namespace: str, embedding: np.ndarray | None
+    ) -> tuple[Record | None, Decision]:
         """The cached prompt that leaves least to compute, and what to do with it."""
         if self._config.reuse == "exact":
             first = self.catalog.prefix_donor(namespace, ids)
             records = [] if first is None else [first]
         else:
             # Without fuzzy matches, prompts that share no tokens have nothing to give, whatever they mean.
-            embedding = self._embedding(prompt) if self.options.fuzzy else None
-            records = self.catalog.donors(namespace, ids, embedding, _CANDIDATES)
+            like = embedding if self.options.fuzzy else None
+            records = self.catalog.donors(namespace, ids, like, _CANDIDATES)
         decision = decide(
-            [self._align(record, ids, prompt.ends) for record in records],
+            [self._align(record, ids, ends) for record in records],
             self.options,
             text_config(self._model).num_hidden_layers,
             moves=self._config.reuse == "similar",
@@ -349,6 +357,14 @@ class PromptCache:
     def _embedding(self, prompt: Prompt) -> np.ndarray:
         if self._embed is not None:
             found = np.asarray(self._embed(prompt.text), dtype=np.float32)
+            if found.shape != (self._embedding_size,):
+                raise ValueError(
+                    f"reuse_embedding must give {self._embedding_size} numbers for every text, as it did at first; got "
+                    f"shape {list(found.shape)}"
+                )
+            norm = float(np.linalg.norm(found))
+            if not np.isfinite(norm):
+                raise ValueError(f"reuse_embedding must give finite numbers, got a row of norm {norm}")
             # Some embeddings know no word of a text. Then it is like no other, and found by its tokens alone.
             return found if found.any() else np.ones_like(found)
         ids = torch.tensor(prompt.token_ids, device=self._embedding_VE.device)
@@ -360,6 +376,7 @@ class PromptCache:
         self,
         prompt: Prompt,
         namespace: str,
+        embedding: np.ndarray | None,
         session: Session,
         logits_V: Tensor,
         donor: Record | None = None,
@@ -379,12 +396,13 @@ class PromptCache:
                 shared_T = np.where(token_T < num_prefix, token_T, -1)
                 sources, parent = rebased(dict.fromkeys(kept.rows.layers, shared_T), parent)
             cached = CachedPrompt(kept.rows, logits_V.cpu(), kept=kept, parent=parent, source_of_layer=sources)
-            self._add(prompt, namespace, cached, recipe=None)
+            self._add(prompt, namespace, embedding, cached, recipe=None)
 
     def _keep_edit(
         self,
         prompt: Prompt,
         namespace: str,
+        embedding: np.ndarray | None,
         session: Session,
         logits_V: Tensor,
         donor: Record,
@@ -414,7 +432,7 @@ class PromptCache:
                 sources[layer] = source_T
             rows = StateRows(state, state.extents, len(prompt.token_ids))
             cached = derived(rows, sources, parent, logits_V.cpu(), self._memory)
-            self._add(prompt, namespace, cached, recipe=self._recipe)
+            self._add(prompt, namespace, embedding, cached, recipe=self._recipe)
 
     @contextlib.contextmanager
     def _parent_of(self, record: Record | None) -> Iterator[CachedPrompt | None]:
@@ -427,7 +445,15 @@ class PromptCache:
                 parent = stack.enter_context(self._held(record))
             yield parent
 
-    def _add(self, prompt: Prompt, namespace: str, cached: CachedPrompt, *, recipe: str | None) -> None:
+    def _add(
+        self,
+        prompt: Prompt,
+        namespace: str,
+        embedding: np.ndarray | None,
+        cached: CachedPrompt,
+        *,
+        recipe: str | None,
+    ) -> None:
         """`recipe`: None for what is exact."""
         key = cached.parent.key if cached.parent is not None else None
         record = self.catalog.add(
@@ -435,7 +461,7 @@ class PromptCache:
             prompt.token_ids,
             prompt.ends,
             cached,
-            self._embedding(prompt),
+            self._embedding(prompt) if embedding is None else embedding,
             approximate=recipe is not None,
             recipe=recipe or "",
             parent=key,
