@@ -323,6 +323,7 @@ class TestArguments:
 def test_embeddings_need_not_have_a_length() -> None:
     """Their angles are compared."""
     with open_catalog() as catalog:
-        record = catalog.add("a", tokens(0), [], Parcel(b"", 9), 1e-3 * embedding(1))
+        record = catalog.add("a", tokens(0), [], Parcel(b"", 9), 1e-30 * embedding(1))
         kept(catalog, 2)
-        assert catalog.donors("a", tokens(9), 1e4 * embedding(1), min_similarity=0.999) == [record]
+        for factor in (1e-30, 1e4, 1e30):
+            assert catalog.donors("a", tokens(9), factor * embedding(1), min_similarity=0.999) == [record]

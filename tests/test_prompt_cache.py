@@ -769,8 +769,8 @@ class TestOptions:
         [
             ([1.0, 2.0], r"reuse_embedding must give 3 numbers for every text, as it did at first; got shape \[2\]"),
             ([[1.0, 2.0, 3.0]], r"reuse_embedding must give 3 numbers .* got shape \[1, 3\]"),
-            ([1.0, float("nan"), 0.0], r"reuse_embedding must give finite numbers, got a row of norm nan"),
-            ([1e38, 1e38, 3e38], r"reuse_embedding must give finite numbers, got a row of norm inf"),
+            ([1.0, float("nan"), 0.0], r"reuse_embedding must give finite numbers, got nan"),
+            ([1.0, float("inf"), 0.0], r"reuse_embedding must give finite numbers, got inf"),
         ],
     )
     def test_a_bad_embedding_is_known_before_anything_is_computed(

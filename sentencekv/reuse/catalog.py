@@ -279,13 +279,13 @@ class Catalog:
         return space, entry
 
     def _unit(self, embedding: ArrayLike) -> NDArray[np.float32]:
-        vector = np.asarray(embedding, dtype=np.float32)
+        vector = np.asarray(embedding, dtype=np.float64)  # squares of the largest and the least do not fit 32 bits
         if vector.shape != (self._embedding_size,):
             raise ValueError(f"embeddings have the shape ({self._embedding_size},) here, got {vector.shape}")
         norm = float(np.linalg.norm(vector))
         if not np.isfinite(norm) or norm == 0.0:
             raise ValueError(f"embeddings must be finite and not all zeros, got one of norm {norm}")
-        return vector / np.float32(norm)
+        return (vector / norm).astype(np.float32)
 
 
 def _ancestors(space: Namespace, parent: int | None) -> list[Entry]:

@@ -362,9 +362,8 @@ class PromptCache:
                     f"reuse_embedding must give {self._embedding_size} numbers for every text, as it did at first; got "
                     f"shape {list(found.shape)}"
                 )
-            norm = float(np.linalg.norm(found))
-            if not np.isfinite(norm):
-                raise ValueError(f"reuse_embedding must give finite numbers, got a row of norm {norm}")
+            if not np.isfinite(found).all():
+                raise ValueError(f"reuse_embedding must give finite numbers, got {found[~np.isfinite(found)][0]}")
             # Some embeddings know no word of a text. Then it is like no other, and found by its tokens alone.
             return found if found.any() else np.ones_like(found)
         ids = torch.tensor(prompt.token_ids, device=self._embedding_VE.device)
